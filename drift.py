@@ -1,0 +1,90 @@
+"""drift.py - the multi-bandwidth drift loss (Sec. 3.3, Eq. 6 and 7).
+
+features of the drafts      X (B, F, D) --+
+                                          +--> V_h for every bandwidth h (Eq. 6) --> / Z_h, summed --> loss (Eq. 7)
+features of refinements     Y (B, F, D) --+
+
+Called by fpd.py. Nothing in here knows about tokens, images or the teacher: X and Y are two clouds of particles.
+The particles of one *position* (second axis) see each other, those of different positions never do.
+
+    B particles   F positions   D feature width   h one bandwidth, in units of the mean distance   V the drift
+"""
+import torch
+
+
+def distances(X, Y):
+    """Euclidean distances between all particles of each position. X (F, B, D), Y (F, C, D) -> (F, B, C).
+
+    The floor under the root keeps a particle's distance to itself at 1e-4 instead of 0, as in the official drifting code.
+    """
+    # The explicit form (not cdist) has a batched matrix product as its only heavy part, on every device.
+    squared = X.pow(2).sum(-1)[:, :, None] + Y.pow(2).sum(-1)[:, None, :] - 2 * X @ Y.transpose(1, 2)
+    return squared.clamp(min=1e-8).sqrt()
+
+
+def double_softmax(logits, floor):
+    """sqrt(softmax over the targets x softmax over the particles): the "doubly normalised" affinity. logits (F, B, C)."""
+    return (logits.softmax(2) * logits.softmax(1)).clamp(min=floor).sqrt()
+
+
+def drift(X, Y, h, joint=True, self_negative=False, floor=0.0):
+    """Where the drafts should move: V_h of Eq. 6, for one bandwidth.
+
+    X (B, F, D)      features of the drafts; they are also each other's negatives, the X_sigma(j) of Eq. 6
+    Y (C, F, D)      features of the refinements; usually C = B
+    h                bandwidth of the Laplace kernel exp(-distance / h), in units of the mean distance. Without that
+                     unit a value such as 0.02 would mean something else in every feature space
+    joint            True: attraction and repulsion share one normalisation and balance each other (Deng et al. 2026).
+                     False: each has its own, as Eq. 6 is printed
+    self_negative    is X_i one of the negatives of X_i? (It exerts no force, but it takes its share of the affinity.)
+    floor            least value of the product of the two softmaxes; the official drifting code has 1e-6
+    returns          V (B, F, D), float32, without gradient
+    """
+    if X.ndim != 3 or Y.ndim != 3 or X.shape[1:] != Y.shape[1:]:
+        raise ValueError(f"drift wants X (B, F, D) and Y (C, F, D), got {tuple(X.shape)} and {tuple(Y.shape)}")
+    B = X.shape[0]
+    if B < 2 and not self_negative:
+        raise ValueError("drift needs at least 2 drafts that are compared with each other: a lone one has no negative")
+    with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+        dtype = torch.promote_types(X.dtype, torch.float32)          # bf16 would round whole neighbourhoods together
+        X, Y = X.detach().to(dtype).transpose(0, 1), Y.detach().to(dtype).transpose(0, 1)   # (F, B, D), (F, C, D)
+        to_X, to_Y = distances(X, X), distances(X, Y)                                       # (F, B, B), (F, B, C)
+        unit = torch.cat([to_X, to_Y], 2).mean().clamp(min=1e-3)     # the mean distance, one number for all positions
+        # a+- ~ exp(-|X_i - .| / h): the Laplace kernel of Eq. 6, as logits for the two softmaxes
+        l_neg, l_pos = -to_X / unit / h, -to_Y / unit / h
+        if not self_negative:
+            l_neg = l_neg - torch.eye(B, dtype=dtype, device=X.device) * 100 / h            # nobody repels himself
+        if joint:
+            a = double_softmax(torch.cat([l_neg, l_pos], 2), floor)
+            a_neg, a_pos = a[..., :B], a[..., B:]
+            # each side is weighted with the total of the other, so that both sum to the same: V is then a mean
+            # difference Y_j - X_k, and a cloud that already equals its target does not move
+            a_neg, a_pos = a_neg * a_pos.sum(2, keepdim=True), a_pos * a_neg.sum(2, keepdim=True)
+        else:
+            a_neg, a_pos = double_softmax(l_neg, floor), double_softmax(l_pos, floor)
+        attract = a_pos @ Y - a_pos.sum(2, keepdim=True) * X         # Eq. 6, sum_j a+_ij (Y_j - X_i)
+        repel = a_neg @ X - a_neg.sum(2, keepdim=True) * X           # Eq. 6, sum_j a-_ij (X_sigma(j) - X_i)
+        return (attract - repel).transpose(0, 1)                     # Eq. 6, (B, F, D)
+
+
+def drift_loss(X, Y, bandwidths, **form):
+    """Squared distance from the drafts' features to where the drift would move them (Eq. 7).
+
+    X (B, F, D)   features of the drafts; the only input that carries gradient
+    Y (C, F, D)   features of the refinements; constants
+    bandwidths    the set H; form: the switches of `drift`
+    returns       loss (), float32, and logs: "rms_<h>" = RMS(V_h) and "cos_<h>" = cosine of V_h and Y - X when they pair up.
+                  d loss / d X = -2 / X.numel() * sum_h V_h / RMS(V_h): a descent step is a step along the drift, each
+                  bandwidth with the same strength.
+    """
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    loss, logs = 0.0, {}
+    for h in bandwidths:
+        V = drift(X, Y, h, **form)                                    # (B, F, D)
+        goal = (X + V).detach()                                       # Eq. 7; the paper's sg(.) is .detach() here
+        Z = V.pow(2).mean().sqrt().clamp(min=1e-8)                    # Z_h, the RMS normaliser
+        loss = loss + (X - goal).pow(2).mean() / Z                    # Eq. 7, the term of h; its value is RMS(V_h)
+        logs[f"rms_{h:g}"] = Z
+        if X.shape == Y.shape:
+            logs[f"cos_{h:g}"] = torch.cosine_similarity(V, (Y - X).detach(), dim=2).mean()
+    return loss, logs
