@@ -4,15 +4,20 @@ No weights are stored there. Every weight is generated from its official key, so
 strictly can be checked at full size: case.weights() -> load -> case.inputs -> case.check(name, output).
 """
 import json
+import os
 import sys
+import types
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+os.environ["HF_HUB_OFFLINE"] = "1"                                     # no test may reach the network; read when the hub is imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -81,3 +86,40 @@ class Case:
 
 def load_case(component, name):
     return Case(component, name)
+
+
+def official_files(folder, full=False):
+    """Write the three files of the imagenet setting as their authors ship them, with generated weights -> {part: path}.
+
+    full=False   sizes of the tiny cases: MaskGIT (16 tokens, K = 32, 10 classes, 4 heads), VQGAN (32 pixels, K = 48), a DINOv3 of width 192
+    full=True    the real sizes, 1.4 GB: MaskGIT-256, VQGAN f16-1024 with its loss networks, DINOv3 ViT-B/16; to be loaded without options
+    """
+    from models import import_timm                                     # here: most tests do without timm
+    maskgit, vqgan = (load_case(*case) for case in ((("maskgit_transformer", "full256"), ("taming_vqgan", "full_f16_1024")) if full else
+                                                    (("maskgit_transformer", "tiny"), ("taming_vqgan", "tiny"))))
+    backbone = "vit_base_patch16_dinov3.lvd1689m" if full else "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
+    files = {"maskgit": Path(folder) / "MaskGIT_ImageNet_256.pth", "vqgan": Path(folder) / "last.ckpt",
+             "backbone": Path(folder) / f"{backbone}.safetensors"}
+
+    state = maskgit.weights()
+    moments = {"exp_avg": torch.zeros_like(state["pos_emb"])}          # of Adam; the real file has two for every weight
+    torch.save({"iter": 7, "global_epoch": 3, "model_state_dict": OrderedDict(state),
+                "optimizer_state_dict": {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}}, files["maskgit"])
+
+    # Lightning pickles classes of its own. These come from a module that is gone when the file is read, as Lightning will be
+    gone = types.ModuleType("gone_lightning")
+    exec("class ModelCheckpoint: pass\nclass AttributeDict(dict): pass", gone.__dict__)
+    sys.modules[gone.__name__] = gone
+    try:
+        extra = json.loads((GOLDEN / "taming_vqgan" / "checkpoint_extra_keys.json").read_text())["extra_keys"]
+        parameters = gone.AttributeDict(lr=4.5e-6)
+        parameters.callback = gone.ModelCheckpoint()
+        torch.save({"epoch": 1, "global_step": 2, "pytorch-lightning_version": "1.0.8", "hyper_parameters": parameters,
+                    "callbacks": {gone.ModelCheckpoint: {"best_model_score": np.float64(0.5), "dirpath": Path("logs")}},
+                    "state_dict": OrderedDict(vqgan.weights()) | {key: torch.zeros(shape) for key, shape in extra.items()}}, files["vqgan"])
+    finally:
+        del sys.modules[gone.__name__]
+
+    net = import_timm().create_model(backbone, num_classes=0)
+    save_file(golden_fill({key: list(value.shape) for key, value in net.state_dict().items()}), files["backbone"])
+    return files

@@ -240,8 +240,8 @@ def test_a_wrong_weight_file_ends_in_one_clear_line(weights, tmp_path):
     assert "AuxLogits.fc.bias is unknown" in message(weights | {"AuxLogits.fc.bias": torch.zeros(3)})
     assert "fc.weight has shape (1000, 2048) instead of (1008, 2048)" in message(weights | {"fc.weight": torch.zeros(1000, 2048)})
     assert "Conv2d_1a_3x3.conv.weight is missing (the first of 473 faults)" in message({"state_dict": torch.zeros(1)})
-    assert "dictionary of tensors" in message({"state_dict": {}})
-    assert "dictionary of tensors" in message([1, 2])
+    assert "no state dict: it is empty" in message({"state_dict": {}})
+    assert "no state dict: it is of type list" in message([1, 2])
     with pytest.raises(ValueError, match="no such file"):
         evaluate.load_inception(tmp_path / "absent.pth")
 

@@ -1,0 +1,209 @@
+"""fpd.py - Fixed-Point Distillation (Sec. 3.1, 3.2, 3.4): masking, the multi-step sampler, and one training step.
+
+z_init --student--> logits --sample--> draft z_hat --hide a share r--> z_masked --teacher, one pass--> refinement z_ref
+ (almost all mask)    |     (Eq. 4)      |   E[z_hat], gradients by straight-through (Eq. 8)             (Eq. 5)   |
+                      |                  +--> decoder --> Phi --> X --+                                            |
+                      +<----- gradient -------------------------------+-- drift loss (Eq. 6, 7) <-- Y <-- E[z_ref] +
+
+The student is right when its drafts have the distribution of their own refinements, for every r: a fixed point (Eq. 3).
+
+    B drafts   L tokens each   K codes (mask id = K)   d code width   c condition   E codebook (K, d)
+    r share of hidden positions     is_masked (B, L) bool, True = hidden     guidance s: u + s (c - u), 1 = none
+    generator: one torch.Generator for the batch, or a list of B, one per image (then image i does not depend on its batch)
+"""
+import math
+
+import torch
+
+from drift import drift_loss
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+def uniform(shape, generator, device):
+    """Uniform numbers of `shape` (B, ...) from one generator, or row i from generator[i]."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(shape, generator=generator, device=generator.device).to(device)
+    return torch.stack([torch.rand(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+
+def gumbel(shape, generator, device):
+    """Standard Gumbel noise: argmax(logits + gumbel) is a sample of softmax(logits)."""
+    return -(-uniform(shape, generator, device).clamp(min=1e-20).log()).clamp(min=1e-20).log()
+
+
+def draw(logits, temperature, generator):
+    """One token per position. logits (B, L, K), the temperature divides -> z (B, L)."""
+    logits = logits.float()
+    return (logits / temperature + gumbel(logits.shape, generator, logits.device)).argmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------ masking (Sec. 3.1)
+def mask_ratio(t, schedule="arccos"):
+    """gamma of Eq. 1: share of hidden positions, as t (tensor in [0, 1]) goes from 0 (all hidden) to 1 (none)."""
+    schedules = {"arccos": lambda t: torch.arccos(t) / (math.pi / 2), "cosine": lambda t: torch.cos(t * math.pi / 2),
+                 "linear": lambda t: 1 - t, "square": lambda t: 1 - t ** 2, "root": lambda t: 1 - t.sqrt()}
+    if schedule not in schedules:
+        raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(schedules)}")
+    return schedules[schedule](t)
+
+
+def remask(z, r, mask_id, generator):
+    """M_r of Eq. 5: hide a share r of each draft. z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L).
+
+    The counts are exact, max(1, round(r L)), where Eq. 1 tosses a coin per position; MaskGIT was trained with exact counts.
+    """
+    B, L = z.shape
+    n = (r * L).round().clamp(min=1)                                             # hidden per image, never none
+    rank = uniform((B, L), generator, z.device).argsort(1).argsort(1)
+    is_masked = rank < n[:, None].to(z.device)                                   # Eq. 1, exactly n per row
+    return z.masked_fill(is_masked, mask_id), is_masked
+
+
+def init_tokens(B, L, K, r_init, generator, device="cpu"):
+    """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes, the only noise that the student gets. -> (B, L)."""
+    codes = (uniform((B, L), generator, device) * K).long().clamp(max=K - 1)
+    if r_init == 0:
+        return codes
+    return remask(codes, torch.full((B,), float(r_init)), K, generator)[0]
+
+
+def sample_ratio(B, low, high, generator, device="cpu"):
+    """r ~ pi of Eq. 5: the teacher's own training distribution arccos(u) 2/pi, cut to [low, high]. -> (B,)"""
+    u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)    # inverse of the cumulative distribution
+    return mask_ratio(u_low + (u_high - u_low) * uniform((B,), generator, device), "arccos")
+
+
+# ------------------------------------------------------------------------------------------------ the teacher
+def guided_logits(model, z, c, s, **kind):
+    """u + s (c - u), from one pass over the doubled batch. s = 1 needs no unconditional half. -> (B, L, K) float32."""
+    if s == 1:
+        return model(z, c, **kind).float()
+    drop = torch.arange(2 * len(z), device=z.device) >= len(z)                   # True: the unconditional half
+    cond, uncond = model(torch.cat([z, z]), torch.cat([c, c]), drop, **kind).float().chunk(2)
+    return uncond + s * (cond - uncond)
+
+
+@torch.no_grad()
+def refine(teacher, z_masked, c, s, generator, steps=1):
+    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L). Visible tokens stay. -> z_ref (B, L).
+
+    Every hidden position is sampled, not maximised: Eq. 3 speaks of distributions.
+    steps > 1 (ours, not the paper's) reveals them in as many random portions, each given what the last one showed.
+    """
+    z, mask_id = z_masked.clone(), teacher.K
+    hidden = (z == mask_id).sum(1)                                               # (B,)
+    for i in range(steps):
+        filled = torch.where(z == mask_id, draw(guided_logits(teacher, z, c, s), 1.0, generator), z)
+        if i == steps - 1:
+            return filled
+        keep = (hidden * (i + 1) / steps).round()                                # positions revealed after this step
+        order = torch.where(z_masked == mask_id, uniform(z.shape, generator, z.device), 2.0) if i == 0 else order
+        z = torch.where(order.argsort(1).argsort(1) < keep[:, None], filled, z)
+
+
+def reveal_counts(L, steps, schedule="arccos"):
+    """How many of L tokens the official MaskGIT sampler fixes in each step -> list of `steps` ints with sum L.
+
+    At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have nothing left to do (0).
+    """
+    if not 1 <= steps <= L:
+        raise ValueError(f"steps must be between 1 and the {L} tokens of an image, got {steps}")
+    if steps == 1:
+        return [L]                                                               # the official formula divides by zero here
+    v = mask_ratio(torch.linspace(1, 0, steps), schedule)
+    counts = (v / v.sum() * L).round().clamp(min=1).long()
+    counts[-1] += L - counts.sum()
+    total = counts.cumsum(0).clamp(max=L)                                        # the table overshoots then, and the sampler stops early
+    return total.diff(prepend=total.new_zeros(1)).tolist()
+
+
+@torch.no_grad()
+def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos", replay=None):
+    """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1). -> z (B, L), codes only.
+
+    teacher      any of our MaskGIT; c (B,) labels; generator: as everywhere, one or one per image
+    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step; a single step uses s
+    temperature  divides the logits before a token is drawn       noise: Gumbel noise on the confidence, falls linearly to 0
+    replay       tests: [(tokens (B, L), gumbel (B, L)), ...] per step, recorded over K + 1 columns, in place of the draws
+    """
+    B, L, K = len(c), teacher.L, teacher.K
+    z = torch.full((B, L), K, device=c.device)                                   # all hidden: z_T of Sec. 3.1
+    is_fixed = torch.zeros(B, L, dtype=torch.bool, device=c.device)
+    for i, count in enumerate(reveal_counts(L, steps, schedule)):
+        ramp = i / (steps - 1) if steps > 1 else 1.0
+        logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp, mask_column=replay is not None) / temperature
+        if replay is None:
+            tokens, g = draw(logits, 1.0, generator), gumbel((B, L), generator, c.device)
+        else:
+            tokens, g = replay[i]
+        confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] + noise * (1 - ramp) * g
+        confidence = confidence.masked_fill(is_fixed, -math.inf)                 # what is fixed is never revisited
+        rows = torch.arange(B, device=c.device)[:, None]
+        chosen = confidence.topk(count, dim=1).indices                           # (B, count)
+        z[rows, chosen], is_fixed[rows, chosen] = tokens[rows, chosen], True
+    return z.clamp(max=K - 1)                                                    # only a replay can hold the mask id
+
+
+# ------------------------------------------------------------------------------------------------ the student
+def straight_through(logits, E, generator, temperature=1.0, soft=False):
+    """Hard codes forward, soft gradients backward (Eq. 8).
+
+    logits (B, L, K) of the student; E (K, d); temperature of the draft (divides; 1 in the paper)
+    soft: feed the decoder the mixture e_soft instead, the other row of Table 3a
+    returns z_hat (B, L) long, the sampled draft, and e (B, L, d), equal to E[z_hat] bit for bit unless soft
+    """
+    logits = logits.float() / temperature
+    z_hat = draw(logits, 1.0, generator)                                         # Eq. 4: z_hat ~ p_theta(. | z_init, c)
+    e_soft = logits.softmax(-1) @ E.float()                                      # (B, L, d), the codebook's mean under the student
+    if soft:
+        return z_hat, e_soft
+    e = E.float()[z_hat] + (e_soft - e_soft.detach())                            # Eq. 8: the bracket is exactly 0, its gradient is e_soft's.
+    return z_hat, e                                                              # (e_soft + (E[z] - e_soft).detach() would round.)
+
+
+def one_step(student, c, r_init, generator, temperature=1.0):
+    """An image's tokens in one pass (Eq. 4), as at inference. c: condition of B images -> z_hat (B, L)."""
+    z_init = init_tokens(len(c), student.L, student.K, r_init, generator, c.device)
+    return draw(student(z_init, c), temperature, generator)
+
+
+def per_class_groups(X, n):
+    """Fold the classes of a batch into the position axis, so that only drafts of one class are compared. (G n, F, D) -> (n, G F, D)"""
+    B, F_, D = X.shape
+    return X.reshape(B // n, n, F_, D).transpose(0, 1).reshape(n, B // n * F_, D)
+
+
+def fpd_step(student, teacher, lift, E, c, cfg, generator):
+    """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
+
+    student, teacher  MaskGIT (B, L), (B,) -> (B, L, K); the teacher is frozen
+    lift              e (B, L, d) -> list of X (B, F, D): decoder, then Phi, one X per block (Sec. 3.3)
+    E (K, d)          the tokenizer's codebook;   c (B,) condition, in runs of cfg.per_class equal ones
+    returns           loss (), logs (dict of 0-dim tensors)
+    """
+    B, K, device = len(c), student.K, c.device
+    # draft (Eq. 4): one pass over an almost hidden canvas
+    z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, device)      # (B, L)
+    logits = student(z_init, c)                                                  # (B, L, K)
+    z_hat, e = straight_through(logits, E, generator, cfg.draft_temperature, cfg.estimator == "soft")
+    # refinement (Eq. 5): hide part of the draft, let the frozen teacher fill it in once
+    with torch.no_grad():
+        r = sample_ratio(B, cfg.remask_min, cfg.remask_max, generator, device)   # (B,), r ~ pi
+        z_masked, is_masked = remask(z_hat, r, K, generator)                     # M_r
+        z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator, cfg.refine_steps)   # T_phi^r, (B, L)
+        Y = lift(E[z_ref])                                                       # targets are constants
+    X = lift(e)
+    # lifted drift (Eq. 6, 7), one term per block
+    loss, logs = 0.0, {}
+    for x, y in zip(X, Y):
+        block_loss, block_logs = drift_loss(per_class_groups(x, cfg.per_class), per_class_groups(y, cfg.per_class), cfg.bandwidths,
+                                            joint=cfg.affinity == "joint", self_negative=cfg.self_negative)
+        loss = loss + block_loss
+        for name, value in block_logs.items():
+            logs[name] = logs.get(name, 0.0) + value / len(X)
+    with torch.no_grad():                                                        # these show a collapse before the pictures do
+        p = logits.float().softmax(-1)
+        logs["entropy"] = -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
+        logs["codes_used"] = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
+        logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()       # share of hidden tokens that the teacher replaced
+    return loss, logs

@@ -1,0 +1,511 @@
+"""tokenizer.py - images and tokens (Sec. 3.1): where images come from, and the VQGAN that turns them into codes and back.
+
+    shapes() / folder()  -->  images (N, 3, H, W)  -- encode -->  z (B, L) codes 0..K-1
+                                    ^                                |  E[z] (B, L, d), rows of the codebook
+                                    +------------ decode <-----------+  (fpd.py's straight-through embeddings enter here)
+
+Images are float in [-1, 1] between functions; datasets are kept as uint8 to save memory. Imports none of our files.
+Also here, since every file of ours may import this one: finding and reading files of pretrained weights.
+
+    B images in the batch   L tokens per image   K codebook entries   d code width   P = sqrt(L) tokens per side
+"""
+import math
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------ images: the shapes world
+# RGB in [-1, 1]. Every class is one colour and one shape, in the order of shapes_names().
+COLOURS = {"red": (.9, -.75, -.75), "green": (-.7, .5, -.7), "blue": (-.65, -.4, .95),
+           "yellow": (.95, .8, -.8), "cyan": (-.8, .8, .9), "magenta": (.85, -.6, .8)}
+SHAPES = ("circle", "square", "triangle", "cross")
+
+
+def shapes_names():
+    """The 24 class names, "red circle" ... "magenta cross"; the position in the list is the label."""
+    return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+def signed_distance(shape, x, y):
+    """Signed distance (negative inside) from points x, y to a shape of size about 1. shape (B,) index into SHAPES, x, y (B, H, W)."""
+    def box(a, b):
+        return torch.maximum(x.abs() - a, y.abs() - b)
+    circle = (x.square() + y.square()).sqrt() - 0.95
+    triangle = torch.maximum(x.abs() * 0.866 - y * 0.5, y) - 0.55          # equilateral, pointing up before it is turned
+    cross = torch.minimum(box(1.0, 0.34), box(0.34, 1.0))
+    return torch.stack([circle, box(0.84, 0.84), triangle, cross]).gather(0, shape.view(1, -1, 1, 1).expand(1, *x.shape))[0]
+
+
+def paint(canvas, shape, colour, centre, radius, angle):
+    """Draw one object on each canvas, with smooth edges one pixel wide.
+
+    canvas (B, 3, S, S) in [-1, 1]   shape (B,) long   colour (B, 3)   centre (B, 2) x, y in pixels   radius (B,) pixels   angle (B,) radians
+    returns a new (B, 3, S, S)
+    """
+    S = canvas.shape[-1]
+    axis = torch.arange(S) + 0.5
+    dx, dy = axis[None, None, :] - centre[:, 0, None, None], axis[None, :, None] - centre[:, 1, None, None]
+    cos, sin, radius = angle.cos()[:, None, None], angle.sin()[:, None, None], radius[:, None, None]
+    distance = signed_distance(shape, (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius) * radius   # pixels
+    alpha = (0.5 - distance).clamp(0, 1)[:, None]                                                                # (B, 1, S, S)
+    return canvas * (1 - alpha) + colour[:, :, None, None] * alpha
+
+
+def shapes(labels, seed, anywhere=False, size=32):
+    """Render the shapes world: one object of a colour and a shape on a plain grey ground.
+
+    labels (N,) long, index into shapes_names()   seed: image i depends on the seed and on everything before it in the list
+    anywhere   False: object within 3 px of the centre, as photographs are (the default world).
+               True: as far off as it still fits (the hard world, see README)
+    Place, size, turn, hue and ground vary from image to image. returns (N, 3, size, size) uint8
+    """
+    generator = torch.Generator().manual_seed(seed)
+    palette = torch.tensor(list(COLOURS.values()))
+    images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
+    for start in range(0, len(labels), 1024):                                   # chunks: the distance maps are large
+        label = labels[start:start + 1024]
+        n = len(label)
+        def between(low, high, *shape):
+            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        radius = (between(.22, .32) if anywhere else between(.30, .40)) * size  # 10 to 13 px of 32; 7 to 10 where it needs room to move
+        reach = (size / 2 - radius)[:, None] if anywhere else 3 * size / 32
+        centre = size / 2 + between(-1, 1, 2) * reach
+        colour = palette[label // len(SHAPES)] + between(-.08, .08, 3)
+        tone = torch.tensor([-.75, -.1, .55])[torch.randint(3, (n,), generator=generator)] + between(-.05, .05)
+        ground = tone.view(n, 1, 1, 1).expand(n, 3, size, size)
+        image = paint(ground, label % len(SHAPES), colour, centre, radius, between(-.2, .2))     # turns of up to 11 degrees
+        images[start:start + n] = to_uint8(image)
+    return images
+
+
+# ------------------------------------------------------------------------------------------------ images: files
+def read_image(path, size):
+    """Any image file -> (3, size, size) uint8: EXIF turns applied, RGB, centre square, Lanczos. ValueError when it is not an image."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                                      # 16-bit grey: PIL would clip it to white
+                image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def folder(data, size=32):
+    """Images of DIR/<class name>/*: the user's own. -> images (N, 3, size, size) uint8, labels (N,) long, names (sorted)."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    if not Path(data).is_dir():
+        raise ValueError(f"--data {data} is not a folder; it should hold one subfolder of images for each class")
+    names = sorted(p.name for p in Path(data).iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [sorted(f for f in (Path(data) / name).iterdir() if f.suffix.lower() in suffixes) for name in names]
+    if not names:
+        raise ValueError(f"--data {data} has no subfolders; it should hold one subfolder of images for each class")
+    empty = [name for name, found in zip(names, files) if not found]
+    if empty:
+        raise ValueError(f"--data {data}: no images in class folder {empty[0]!r} (looked for {', '.join(sorted(suffixes))})")
+    images = torch.stack([read_image(f, size) for found in files for f in found])
+    labels = torch.tensor([label for label, found in enumerate(files) for _ in found])
+    return images, labels, names
+
+
+def world(cfg, split):
+    """Real images of the world. split "train" | "phi" | "judge" | "test" -> images (N, 3, 32, 32) uint8, labels (N,), names.
+
+    shapes: each split is drawn afresh. folder: "test" is every tenth image, the others share the rest.
+    """
+    if cfg.dataset == "shapes":
+        names = shapes_names()
+        labels = torch.arange(480 if cfg.smoke else 2400 if split == "test" else 12_000) % len(names)
+        return shapes(labels, 10 * cfg.prepare_seed + ("train", "phi", "judge", "test").index(split), cfg.anywhere), labels, names
+    images, labels, names = folder(cfg.data)
+    is_test = torch.arange(len(images)) % 10 == 9
+    chosen = is_test if split == "test" else ~is_test
+    return images[chosen], labels[chosen], names
+
+
+def to_float(images):
+    """uint8 -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float in [-1, 1] -> uint8, values outside are clipped."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)         # + 128 and cut off: the official MaskGIT's rounding
+
+
+# ------------------------------------------------------------------------------------------------ VQGAN (Esser et al. 2021)
+# The network of taming-transformers, with its key names, so that the official f16-1024 checkpoint loads strictly.
+# The small worlds train the same class with fewer channels. Facts: levels go from fine (0) to coarse.
+def norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)                             # eps is not torch's default
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all places of the map, residual."""
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm, self.q, self.k, self.v, self.proj_out = norm(c, groups), *(nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))         # (B, HW, C)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, C, H, W)       # scale C^-0.5
+        return x + self.proj_out(y)
+
+
+class Resample(nn.Module):
+    """Encoder: half the size. Decoder: twice the size."""
+    def __init__(self, c, up):
+        super().__init__()
+        self.up, self.conv = up, nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # one zero at right and bottom only
+
+
+def level(c_in, c_out, blocks, attention, groups):
+    """One resolution: residual blocks, each followed by attention where asked."""
+    stage = nn.Module()
+    stage.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+    stage.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attention else 0))
+    return stage
+
+
+def run_level(stage, x):
+    for i, block in enumerate(stage.block):
+        x = block(x)
+        if len(stage.attn):
+            x = stage.attn[i](x)
+    return x
+
+
+def middle(c, groups):
+    mid = nn.Module()
+    mid.block_1, mid.attn_1, mid.block_2 = ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)
+    return mid
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> (B, z_channels, H / f, W / f), f = 2^(levels - 1)."""
+    def __init__(self, ch, ch_mult, blocks, attn_levels, z_channels, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([ch] + widths, widths)):
+            stage = level(c_in, c_out, blocks, i in attn_levels, groups)
+            if i < len(widths) - 1:
+                stage.downsample = Resample(c_out, up=False)
+            self.down.append(stage)
+        self.mid = middle(widths[-1], groups)
+        self.norm_out, self.conv_out = norm(widths[-1], groups), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for i, stage in enumerate(self.down):
+            x = run_level(stage, x)
+            if i < len(self.down) - 1:
+                x = stage.downsample(x)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, P, P) -> image (B, 3, f P, f P). One residual block a level more than the encoder; up.0 is the finest level."""
+    def __init__(self, ch, ch_mult, blocks, attn_levels, z_channels, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
+            stage = level(c_in, c_out, blocks + 1, i in attn_levels, groups)
+            if i > 0:
+                stage.upsample = Resample(c_out, up=True)
+            self.up.append(stage)
+        self.norm_out, self.conv_out = norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        for i, stage in reversed(list(enumerate(self.up))):
+            x = run_level(stage, x)
+            if i > 0:
+                x = stage.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGAN(nn.Module):
+    """Images <-> tokens. The defaults are the small worlds' tokenizer: 32 x 32 pixels, f = 4, 64 tokens.
+
+    K codes of width d; ch, ch_mult: channels per level; blocks: residual blocks per encoder level; attn_levels: levels with attention;
+    groups of the group norms (32 in the official network; as many groups as channels would erase brightness in a small one)
+    .E (K, d) the codebook   .L tokens per image
+    """
+    def __init__(self, K=128, d=8, ch=16, ch_mult=(1, 2, 2), blocks=1, attn_levels=(), z_channels=32, groups=4, image_size=32):
+        super().__init__()
+        self.encoder = Encoder(ch, ch_mult, blocks, attn_levels, z_channels, groups)
+        self.decoder = Decoder(ch, ch_mult, blocks, attn_levels, z_channels, groups)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(K, d)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z_channels, d, 1), nn.Conv2d(d, z_channels, 1)
+        self.K, self.L, self.image_size = K, (image_size // 2 ** (len(ch_mult) - 1)) ** 2, image_size
+        nn.init.normal_(self.quantize.embedding.weight, std=d ** -0.5)          # rows of length about 1
+
+    @property
+    def E(self):
+        return self.quantize.embedding.weight
+
+    def embed(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, L, d) before quantisation."""
+        return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
+
+    def nearest(self, e):
+        """(B, L, d) -> z (B, L): the code with the smallest squared distance."""
+        e = e.float()
+        E = self.E.float()
+        return (e.pow(2).sum(-1, keepdim=True) - 2 * e @ E.T + E.pow(2).sum(-1)).argmin(-1)
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> z (B, L) long, raster order."""
+        return self.nearest(self.embed(images))
+
+    def decode(self, e):
+        """Code embeddings (B, L, d) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        B, L, d = e.shape
+        P = math.isqrt(L)
+        return self.decoder(self.post_quant_conv(e.transpose(1, 2).reshape(B, d, P, P)))
+
+
+def load_vqgan(src, image_size=256):
+    """The official VQGAN, frozen: taming's f16-1024, `pretrained_maskgit/VQGAN/last.ckpt` of llvictorll/Maskgit-pytorch on the hub.
+
+    src          path or state dict; every size is read off its tensors; keys under "loss." (the training's networks) are left out
+    image_size   pixels per side, which no tensor tells; it fixes .L
+    ValueError in one line when the file cannot be read or a key or shape is not the VQGAN's
+    """
+    name, groups = source_name(src, "the VQGAN"), 32
+    state = read_weights(src, "the VQGAN")
+    ch = shape_of(state, "encoder.conv_in.weight", 4, name)[0]
+    first = shape_of(state, "encoder.down.0.block.0.conv1.weight", 4, name)[0]
+    widths = [first] + [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4, name)[0]
+                        for i in range(1, count(state, "encoder.down.{}.block.0.conv1.weight"))]
+    if ch == 0 or any(w == 0 or w % ch or w % groups for w in [ch] + widths):
+        raise ValueError(f"{name} does not fit: widths {widths} should be multiples of the first one, {ch}, and of {groups} (group norms)")
+    K, d = shape_of(state, "quantize.embedding.weight", 2, name)
+    with torch.device("meta"):                                                  # no memory and no random numbers before the file fits
+        model = VQGAN(K, d, ch, [w // ch for w in widths], blocks=count(state, "encoder.down.0.block.{}.conv1.weight"),
+                      attn_levels=[i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.q.weight" in state],
+                      z_channels=shape_of(state, "encoder.conv_out.weight", 4, name)[0], groups=groups, image_size=image_size)
+    return load_strictly(model, state, name, ignore_prefix=("loss.",)).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ files of pretrained weights
+def find_weights(part, given, filename, repo, save_as=None):
+    """Path of a weight file: the user's own, else weights/, else the hub (its cache on this disk, or a download).
+
+    part       "vqgan", "maskgit", ...: the option --<part>-weights and the messages
+    given      what that option says, or None
+    filename   path of the file inside the repository `repo` of the Hugging Face hub
+    save_as    its name under weights/, where the file's own (model.safetensors) says too little
+    ValueError in one line that names file, repository and place
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"--{part}-weights {given}: no such file")
+        return Path(given)
+    place = Path("weights") / (save_as or Path(filename).name)
+    if place.is_file():
+        return place
+    try:
+        import huggingface_hub as hub                                           # here: slow to import, and the small worlds need no hub
+        cached = hub.try_to_load_from_cache(repo, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename), timeout=10)    # offline this fails at once; a download tries for 25 s
+        return Path(hub.hf_hub_download(repo, filename))
+    except Exception as error:                                                  # offline, no such file, disk full: dozens of types
+        raise ValueError(f"no weights for {part}: the hub gives none ({type(error).__name__}). Put the file {filename} of repository "
+                         f"{repo} (Hugging Face hub) at {place}, or name it with --{part}-weights") from None
+
+
+def read_weights(src, what):
+    """Pretrained weights -> state dict: key -> tensor (CPU). The one reader of foreign files here; nothing in a file is ever run.
+
+    src     path of a .safetensors or torch file; or a dict, e.g. of a file already read. The state dict is the dict itself or its entry
+            "state_dict" (Lightning) or "model_state_dict" (MaskGIT)
+    what    for the messages: "the VQGAN"
+    ValueError in one line: no such file, cut short, no state dict in it, values that are not finite
+    """
+    name = source_name(src, what)
+    found = src if isinstance(src, dict) else read_file(src)
+    for key in ("state_dict", "model_state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{name} has no state dict: {'it is empty' if found == {} else f'it is of type {type(found).__name__}'}")
+    for key, value in found.items():
+        if not isinstance(key, str) or not torch.is_tensor(value):
+            raise ValueError(f"{name} has no state dict: there is {key!r}, of type {type(value).__name__}, where only tensors should be")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} is damaged: {key} has values that are not finite")
+    return dict(found)
+
+
+def read_file(path):
+    """What a .safetensors or torch file holds. Other objects than tensors and containers come back as an Inert of their name."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file of weights")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    is_zip = zipfile.is_zipfile(path)                                           # the format of torch.save since 1.6
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)    # mapped: optimizer states are never read
+        except Exception:
+            if not is_zip:
+                raise
+            return read_tensors(path)                                           # a training checkpoint with objects of its own
+    except OSError as error:
+        reason = error
+    except Exception as error:                                                  # a damaged file can make an unpickler raise anything
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+        if path.stat().st_size == 0:
+            reason = "it is empty"
+        elif not is_zip and path.suffix != ".safetensors":
+            with open(path, "rb") as file:
+                reason = ("it is cut short (a download that stopped?)" if file.read(2) == b"PK" else
+                          "it is no torch file, or one from before torch 1.6 that holds more than tensors")
+    raise ValueError(f"{path} cannot be read as weights: {reason}")
+
+
+class Inert:
+    """Stands for whatever a file names that is neither tensor nor container. It is made, called and filled as the real one would be."""
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def ignore(self, *args, **kwargs):
+        return self
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class Table(dict):
+    """An OrderedDict of the file, without the attributes that a pickle may set."""
+    def __setstate__(self, state):
+        pass
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Unpickler that knows tensors and OrderedDict. Any other global becomes a kind of Inert, so that nothing of the file is called."""
+    DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+              "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+              "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+    def __init__(self, file, read_bytes):
+        super().__init__(file)
+        self.read_bytes, self.storages = read_bytes, {}                         # key -> flat tensor; tensors may share one
+
+    def find_class(self, module, name):
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return Table
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda flat, offset, size, stride, *rest: flat.as_strided(size, stride, offset)     # checks the bounds
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *rest: data
+        return type(f"{module}.{name}", (Inert,), {})
+
+    def persistent_load(self, what):
+        kind, dtype, key, _, numel = what                                       # the fourth is the device it was on
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"a stored {kind} instead of numbers")
+        if key not in self.storages:
+            data = self.read_bytes(key)
+            if len(data) != numel * dtype.itemsize:
+                raise pickle.UnpicklingError(f"{len(data)} bytes where {numel} numbers of {dtype} should be")
+            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def read_tensors(path):
+    """A zip file of torch.save, read with TensorsOnly: Lightning's `last.ckpt`, whose classes need not exist here."""
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise pickle.UnpicklingError("a zip file, but not of torch")
+        folder = pickles[0].removesuffix("data.pkl")
+        with archive.open(pickles[0]) as file:
+            return TensorsOnly(file, lambda key: archive.read(f"{folder}data/{key}")).load()
+
+
+def source_name(src, what):
+    """How messages call a source of weights."""
+    return f"{what} ({'a state dict' if isinstance(src, dict) else src})"
+
+
+def shape_of(state, key, dims, name):
+    """Shape of an entry from which a size is read, of so many dimensions. ValueError when the state dict is of another network."""
+    if key not in state:
+        raise ValueError(f"{name} does not fit: key {key} is missing, and the first of its {len(state)} keys is {next(iter(state))}")
+    if state[key].ndim != dims:
+        raise ValueError(f"{name} does not fit: {key} has shape {tuple(state[key].shape)}, expected {dims} dimensions")
+    return state[key].shape
+
+
+def count(state, key):
+    """How many of key.format(0), key.format(1), ... there are, up to the first that is missing."""
+    n = 0
+    while key.format(n) in state:
+        n += 1
+    return n
+
+
+def load_strictly(model, state, name, ignore_prefix=()):
+    """Fill a model from a state dict that has exactly its keys and shapes -> the model, in eval mode.
+
+    model           may be on the meta device: it is given memory once everything fits
+    ignore_prefix   keys of the state dict that begin so are left out
+    name            for the ValueError, which tells the first fault and how many there are
+    """
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore_prefix))}
+    faults = [f"key {key} is missing" for key in own if key not in state] + [f"key {key} is unknown" for key in state if key not in own]
+    faults += [f"{key} has shape {tuple(state[key].shape)} instead of {tuple(value.shape)}" for key, value in own.items()
+               if key in state and state[key].shape != value.shape]
+    if faults:
+        raise ValueError(f"{name} does not fit: {faults[0]}" + (f" (the first of {len(faults)} faults)" if faults[1:] else ""))
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model.eval()
