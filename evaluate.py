@@ -9,6 +9,7 @@ Every metric is computed in float64 and follows one official implementation, nam
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): mean and covariance of features
 """
+import argparse
 import json
 import time
 from functools import partial
@@ -22,8 +23,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from sample import generate, sheet
-from tokenizer import to_float, to_uint8
+from sample import generate, load_run, newest_run, run_command, sheet
+from tokenizer import load_strictly, read_weights, source_name, to_float, to_uint8, world
 
 
 # ------------------------------------------------------------------------------------------------ the scores
@@ -261,35 +262,14 @@ class Inception(nn.Module):
         return features, F.linear(features, self.fc.weight, self.fc.bias if path == "pytorch-fid" else None)
 
 
-def _read_weights(path):
-    """Path -> what a torch file holds, tensors only. ValueError in one line when it cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except Exception as error:                                                 # a damaged file can make the unpickler raise anything
-        reason = (str(error).splitlines() or [""])[0][:100]
-        raise ValueError(f"{path} cannot be read as torch weights; cut short? ({type(error).__name__}: {reason})") from error
-
-
 def load_inception(src):
     """The FID Inception, frozen, from pt_inception-2015-12-05-6726825d.pth (releases of mseitzer/pytorch-fid; torch-fidelity's is equal).
 
     src: a path or a state dict; keys must match exactly, but num_batches_tracked may be absent. ValueError in one line otherwise.
     """
-    name, state = ("the state dict", src) if isinstance(src, dict) else (src, _read_weights(src))
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{name} is not the FID Inception: it should be a dictionary of tensors alone")
-    model = Inception()
-    state, wanted = ({key: v for key, v in found.items() if not key.endswith("num_batches_tracked")}    # a counter, without use here
-                     for found in (state, model.state_dict()))
-    wrong = [f"{key} is missing" for key in wanted if key not in state] + [f"{key} is unknown" for key in state if key not in wanted]
-    wrong += [f"{key} has shape {tuple(state[key].shape)} instead of {tuple(v.shape)}" for key, v in wanted.items()
-              if key in state and state[key].shape != v.shape]
-    if wrong:
-        raise ValueError(f"{name} is not the FID Inception: {wrong[0]}" + (f" (the first of {len(wrong)} faults)" if wrong[1:] else ""))
-    model.load_state_dict(state, strict=False)                                 # all but the counters was compared above
-    return model.eval().requires_grad_(False)
+    model, what = Inception(), "the FID Inception"
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}    # of no use here
+    return load_strictly(model, read_weights(src, what) | counters, source_name(src, what)).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ features and references
@@ -438,3 +418,20 @@ def table(content):
         lines.append(f"{row['model']:<11}{row['steps'] or '':>6}{row['fd']:>9.2f}{row['inception_score']:>7.2f}{row['precision']:>7.2f}"
                      f"{row['recall']:>8.2f}{row['accuracy']:>7.2f}{row['spread']:>8.2f}{ms:>10}")
     return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The table of a run: teacher in 16, 8, 4, 2, 1 steps, student in 1.")
+    parser.add_argument("--run", help="runs/<name>; the newest run if not given")
+    parser.add_argument("--images", type=int, default=960, help="images per row")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.images < 48 or args.seed < 0:
+        raise ValueError(f"--images should be at least 48 and --seed at least 0, got {args.images} and {args.seed}")
+    folder = args.run or newest_run()
+    run = load_run(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    report(run, world(run.cfg, "test")[:2], folder, args.images, args.seed)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,117 @@
+"""The commands of the README, end to end and tiny, and what they say to wrong input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(line, cwd):
+    """Run "train.py --smoke" etc. in a folder of its own. -> CompletedProcess with text output."""
+    script, *arguments = line.split(" ") if isinstance(line, str) else line
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One smoke run of the default world, shared by the tests below."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = command("train.py --smoke", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done
+
+
+def test_smoke_run_leaves_everything_and_says_that_it_learnt_nothing(smoke):
+    folder, done = smoke
+    run = folder / "runs" / "shapes-smoke"
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "report.json", "report.png", "samples/000004.png"):
+        assert (run / name).is_file(), name
+    assert "Nothing was learnt" in done.stdout
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert [(row["model"], row["steps"]) for row in rows if row["steps"]] == [("teacher", t) for t in (16, 8, 4, 2, 1)] + [("student", 1)]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and all("entropy" in row and "codes_used" in row for row in log)
+
+
+def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(smoke):
+    folder, _ = smoke
+    before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*.p*")}
+    done = command("train.py --smoke", folder)
+    assert done.returncode == 0 and "tokenizer:" not in done.stderr
+    assert (folder / "runs" / "shapes-smoke-2" / "checkpoint.pt").is_file()
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_resume_is_the_uninterrupted_run_bit_for_bit(smoke):
+    folder, _ = smoke
+    assert command("train.py --smoke --steps 2 --name halves", folder).returncode == 0
+    done = command("train.py --smoke --steps 4 --name halves --resume", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, halves = (torch.load(folder / "runs" / name / "checkpoint.pt", weights_only=True) for name in ("shapes-smoke", "halves"))
+    for part in ("student", "ema"):
+        assert all(torch.equal(whole[part][key], halves[part][key]) for key in whole[part]), part
+    assert torch.equal(whole["rng"], halves["rng"])
+
+
+def test_sample_by_number_and_by_name_is_the_same_picture(smoke):
+    folder, _ = smoke
+    for out, label in (("number.png", "1"), ("name.png", "red square")):
+        done = command(["sample.py", "--class", label, "--n", "4", "--out", out, "--run", "runs/shapes-smoke"], folder)
+        assert done.returncode == 0, done.stderr
+    assert (folder / "number.png").read_bytes() == (folder / "name.png").read_bytes()
+    done = command("sample.py --teacher --steps 1 --n 2 --out teacher.png", folder)
+    assert done.returncode == 0 and "teacher, 1 steps" in done.stdout
+
+
+def test_evaluate_prints_the_table_of_the_newest_run(smoke):
+    folder, _ = smoke
+    done = command("evaluate.py --images 48", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "student" in done.stdout and "recall" in done.stdout
+
+
+def test_own_images_in_folders_train_too(tmp_path):
+    for name in ("one class", "another"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (40, 50), (i * 8, 100, 200 if name == "another" else 20)).save(tmp_path / "data" / name / f"{i}.png")
+    done = command("train.py --dataset folder --data data --smoke", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = command(["sample.py", "--class", "one class", "--n", "2"], tmp_path)
+    assert done.returncode == 0 and "one class" in done.stdout
+
+
+WRONG = [("sample.py --class 24", "not a class of this run"), ("sample.py --class purple", "not a class of this run"),
+         ("sample.py --class -1", "not a class of this run"), ("sample.py --n 0", "--n should be at least 1"),
+         ("sample.py --seed -1", "--seed"), ("sample.py --teacher --steps 0", "--steps should be between 1 and 64"),
+         ("sample.py --run runs/none", "does not exist"), ("sample.py --run foreign", "not a checkpoint of train.py"),
+         ("sample.py --run broken", "cannot be read as a checkpoint"),
+         ("train.py --smoke --batch 1", "--batch"), ("train.py --smoke --per-class 1", "--per-class should be at least 2"),
+         ("train.py --smoke --steps 0", "--steps should be at least 1"), ("train.py --smoke --seed -3", "--seed"),
+         ("train.py --smoke --dataset folder", "--data"), ("train.py --smoke --dataset folder --data nowhere", "is not a folder"),
+         ("train.py --smoke --dataset folder --data empty", "no subfolders"), ("train.py --smoke --dataset cifar", "--dataset should be one of"),
+         ("train.py --smoke --name shapes-smoke", "exists already"), ("train.py --smoke --resume --name none", "--resume"),
+         ("train.py --smoke --bandwidths 0", "--bandwidths"), ("train.py --smoke --init-mask 0", "--init-mask"),
+         ("evaluate.py --images 1", "--images"), ("evaluate.py --run runs/none", "does not exist")]
+
+
+@pytest.mark.parametrize("line, says", WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input_ends_in_one_line_and_overwrites_nothing(smoke, line, says):
+    folder, _ = smoke
+    for name, content in (("foreign", {"a": 1}), ("broken", None)):
+        (folder / name).mkdir(exist_ok=True)
+        torch.save(content, folder / name / "checkpoint.pt")
+    (folder / "broken" / "checkpoint.pt").write_bytes((folder / "runs/shapes-smoke/checkpoint.pt").read_bytes()[:1000])
+    (folder / "empty").mkdir(exist_ok=True)
+    before = sorted((folder / "runs").rglob("*"))
+    done = command(line, folder)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert sorted((folder / "runs").rglob("*")) == before
