@@ -5,11 +5,15 @@
     reference (folder or .npz) ----+-- precision_recall (distances between single features)
     logits of generated images ------- inception_score
 
+    python evaluate.py                                                  the small worlds: the table of the newest run, its own judge
+    python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz      imagenet: FID and the others of teacher and student, 50,000 images
+    python evaluate.py --reference FILE --folder DIR                    the same scores of a folder of PNGs
+
 Every metric is computed in float64 and follows one official implementation, named in its docstring; tests/golden holds their numbers.
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): mean and covariance of features
 """
-import argparse
+import hashlib
 import json
 import time
 from functools import partial
@@ -23,7 +27,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from sample import generate, load_run, newest_run, run_command, sheet
+from sample import Parser, batches, generate, load_models, model_arguments, newest_run, run_command, sheet, shown_classes
 from tokenizer import load_strictly, read_weights, source_name, to_float, to_uint8, world
 
 
@@ -104,7 +108,7 @@ def distances(x, y):
 def radii(x, k, block):
     """Distance of every row of x (N, D) to its k-th neighbour among the other rows, (N,)."""
     found = []
-    for start in range(0, len(x), block):
+    for start in tqdm(range(0, len(x), block), "radii", leave=False):
         d = distances(x[start:start + block], x)                               # (block, N)
         d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf               # nobody is his own neighbour
         found.append(d.kthvalue(k, dim=1).values)
@@ -123,7 +127,7 @@ def precision_recall(real, fake, k=3, block=1000):
         raise ValueError(f"real and fake features differ in width: {real.shape[1]} and {fake.shape[1]}")
     real_radius, fake_radius = radii(real, k, block), radii(fake, k, block)
     fake_inside, real_inside = torch.zeros(len(fake), dtype=torch.bool), []
-    for start in range(0, len(real), block):
+    for start in tqdm(range(0, len(real), block), "precision and recall", leave=False):
         d = distances(real[start:start + block], fake)                         # (block, M)
         fake_inside |= (d < real_radius[start:start + block, None]).any(0)     # strictly inside: on the sphere is out
         real_inside.append((d < fake_radius).any(1))
@@ -267,6 +271,7 @@ def load_inception(src):
 
     src: a path or a state dict; keys must match exactly, but num_batches_tracked may be absent. ValueError in one line otherwise.
     """
+    torch.backends.cudnn.allow_tf32 = False                                    # its 10 bits would move the score
     model, what = Inception(), "the FID Inception"
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}    # of no use here
     return load_strictly(model, read_weights(src, what) | counters, source_name(src, what)).requires_grad_(False)
@@ -276,16 +281,20 @@ def load_inception(src):
 def collect(images, extract, batch=50):
     """Run a feature network over many images. -> features (N, D), logits (N, C), float32 arrays.
 
-    images    (N, 3, H, W) uint8, or a list of files, which are read batch by batch: 50,000 pictures need not fit in memory
+    images    (N, 3, H, W) uint8; or a list of files, which are read batch by batch, or an iterator of such batches (sample.batches):
+              50,000 pictures need not fit in memory
     extract   images (B, 3, H, W) uint8 -> features (B, D), logits (B, C); e.g. an Inception
     """
     features, logits = [], []
-    for start in tqdm(range(0, len(images), batch), "features", leave=False):
-        chunk = images[start:start + batch]
+    if isinstance(images, (list, torch.Tensor)):
+        chunks = (images[start:start + batch] for start in tqdm(range(0, len(images), batch), "features", leave=False))
+    else:
+        chunks = images
+    for chunk in chunks:
         if isinstance(chunk, list):
-            chunk = [read_png(file) for file in chunk]
+            files, chunk = chunk, [read_png(file) for file in chunk]
             if len({image.shape for image in chunk}) > 1:
-                raise ValueError(f"the images from {images[start]} on differ in size")
+                raise ValueError(f"the images from {files[0]} on differ in size")
             chunk = torch.stack(chunk)
         f, l = extract(chunk)
         features.append(f.detach().float().cpu())
@@ -374,26 +383,29 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     real_features, _ = judged(run.judge, images)
     real_statistics, real_spread = statistics(real_features), spread(images, labels)
     rows, shown, columns = [], [], min(12, len(run.names))
-    def measure(name, step_count, fake, ms):
+    def measure(name, step_count, fake, label, ms):
         features, logits = judged(run.judge, fake)
         precision, recall = precision_recall(real_features[:n], features)
-        spreads = {k: v / real_spread[k] for k, v in spread(fake, c[:len(fake)]).items()}
-        rows.append(dict(model=name, steps=step_count, fd=frechet_distance(*real_statistics, *statistics(features)),
-                         inception_score=inception_score(logits)[0], precision=precision, recall=recall,
-                         accuracy=float((logits.argmax(1) == c.numpy()).mean()), spread=sum(spreads.values()) / 4, spreads=spreads,
-                         ms_per_image=ms))
+        row = dict(model=name, steps=step_count, fd=frechet_distance(*real_statistics, *statistics(features)))
+        if len(fake) >= 10:                                                    # a folder may have fewer real ones for 10 splits
+            row["inception_score"] = inception_score(logits)[0]
+        row |= dict(precision=precision, recall=recall, accuracy=float((logits.argmax(1) == label.numpy()).mean()))
+        if run.cfg.dataset == "shapes":                                        # whose pixels `spread` can read
+            spreads = {k: v / real_spread[k] for k, v in spread(fake, label).items()}
+            row |= dict(spread=sum(spreads.values()) / 4, spreads=spreads)
+        rows.append(row | dict(ms_per_image=ms))
         order = torch.arange(columns) * (len(run.names) + 1) // columns % len(run.names)           # as many classes as fit
         shown.append((f"{name} {step_count or ''}  FD {rows[-1]['fd']:.1f}", fake[order]))
     with torch.no_grad():
         x = to_float(images[:n]).to(run.tokenizer.E.device)
         decoded = torch.cat([run.tokenizer.decode(run.tokenizer.E[run.tokenizer.encode(part)]) for part in x.split(60)])
-    measure("real", None, images[-n:], None)                                   # the floor: other real images, as many as each row has
-    measure("round trip", None, to_uint8(decoded).cpu(), None)                 # what the tokenizer alone costs
+    measure("real", None, images[-n:], labels[-n:], None)                      # the floor: other real images, as many as each row has
+    measure("round trip", None, to_uint8(decoded).cpu(), labels[:n], None)     # what the tokenizer alone costs
     for name, model, step_count in [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)]:
-        generate(model, run.tokenizer, c[:60], run.cfg, step_count, seed)      # warm-up, not timed
+        generate(model, run.tokenizer, c[:min(60, n // 4)], run.cfg, step_count, seed)      # warm-up, not timed
         begin = time.perf_counter()
         fake = generate(model, run.tokenizer, c, run.cfg, step_count, seed, progress=f"{name} {step_count or 1}")
-        measure(name, step_count or 1, fake, 1000 * (time.perf_counter() - begin) / n)
+        measure(name, step_count or 1, fake, c, 1000 * (time.perf_counter() - begin) / n)
     protocol = dict(dataset=run.cfg.dataset, images=n, seed=seed, labels="balanced", student_steps=run.step, guidance=run.cfg.guidance,
                     confidence_noise=run.cfg.confidence_noise, init_mask=run.cfg.init_mask, draft_temperature=run.cfg.draft_temperature,
                     reference=f"{len(images)} real images not trained on", features="the judge's (not the FID Inception's), 96 wide",
@@ -408,29 +420,170 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     return content
 
 
+def cell(row, key, width, digits=2):
+    """A number of a table; blank where there is none."""
+    return " " * width if row.get(key) is None else f"{row[key]:>{width}.{digits}f}"
+
+
 def table(content):
     """report.json's content -> text."""
     p = content["protocol"]
     lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, FD in features of the judge, reference {p['reference']}",
              f"{'model':<11}{'steps':>6}{'FD':>9}{'IS':>7}{'prec.':>7}{'recall':>8}{'acc.':>7}{'spread':>8}{'ms/image':>10}"]
-    for row in content["rows"]:
-        ms = "" if row["ms_per_image"] is None else f"{row['ms_per_image']:.2f}"
-        lines.append(f"{row['model']:<11}{row['steps'] or '':>6}{row['fd']:>9.2f}{row['inception_score']:>7.2f}{row['precision']:>7.2f}"
-                     f"{row['recall']:>8.2f}{row['accuracy']:>7.2f}{row['spread']:>8.2f}{ms:>10}")
+    columns = dict(fd=9, inception_score=7, precision=7, recall=8, accuracy=7, spread=8, ms_per_image=10)
+    lines += [f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())
+              for row in content["rows"]]
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------ the table of ImageNet (Table 2)
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"                             # ends in the beginning of its own sha256
+
+
+def find_inception(given):
+    """Path of the FID Inception's weights: the user's own, else weights/. They are on GitHub, not on the hub."""
+    if given and not Path(given).is_file():
+        raise ValueError(f"--inception-weights {given}: no such file")
+    path = Path(given or f"weights/{INCEPTION}")
+    if not path.is_file():
+        raise ValueError(f"no weights for inception: put the file {INCEPTION} of https://github.com/mseitzer/pytorch-fid (release fid_weights) "
+                         f"at {path}, or name it with --inception-weights")
+    return path
+
+
+def scores(features, logits, target):
+    """Features (N, 2048), logits (N, 1008) of the Inception and a `reference` -> the numbers of a row; no precision without real images.
+
+    "fd" is what every report of ours has; it may be called "fid", too, since the features are the Inception's.
+    """
+    mu, sigma, real = target
+    fd = frechet_distance(mu, sigma, *statistics(features))
+    score, deviation = inception_score(logits)
+    row = dict(fd=fd, fid=fd, inception_score=score, inception_score_std=deviation)
+    if real is not None:
+        row["precision"], row["recall"] = precision_recall(real, features, k=3)
+    return row
+
+
+def timed(images, spent):
+    """The same batches; `spent` gets the seconds that making each one takes, without what is done with it."""
+    begin = time.perf_counter()
+    for chunk in images:
+        spent.append(time.perf_counter() - begin)
+        yield chunk
+        begin = time.perf_counter()
+
+
+def rows_of_models(run, target, extract, steps, n, seed, batch):
+    """A row for the teacher in each of `steps` and one for the student, and their pictures: images go straight into features."""
+    rows, shown, labels = [], [], torch.arange(n) % len(run.names)             # every class equally often
+    models = [("teacher", run.teacher, T) for T in steps] + ([("student", run.student, 0)] if run.student else [])
+    for name, model, step_count in models:
+        spent = []
+        examples = generate(model, run.tokenizer, shown_classes(run.cfg, len(run.names)), run.cfg, step_count, seed)   # a warm-up, too
+        images = batches(model, run.tokenizer, labels, run.cfg, step_count, seed, batch, progress=f"{name} {step_count or 1}")
+        row = dict(model=name, steps=step_count or 1, **scores(*collect(timed(images, spent), extract), target))
+        rows.append(row | dict(ms_per_image=1000 * sum(spent) / n))
+        shown.append((f"{name} {row['steps']}  FID {row['fid']:.1f}", examples))
+    return rows, shown
+
+
+def official_report(args, run, folder, device):
+    """FID, IS, precision and recall with the FID Inception, of a run, of public networks or of a folder of PNGs. Writes `folder`/report.json.
+
+    args     of the command line: reference, images, seed, steps, batch, inception_weights, inception_path, folder
+    run      as of sample.load_models; None for args.folder
+    returns  the content of report.json; prints the table
+    """
+    path = find_inception(args.inception_weights)
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    protocol = dict(images=args.images, seed=args.seed, features=f"FID Inception, 2048 wide, {path.name} (sha256 {sha}...)",
+                    inception_path=args.inception_path, inception_score="10 splits", precision_recall="k = 3", batch=args.batch,
+                    device=str(device), versions=dict(torch=torch.__version__, numpy=np.__version__))
+    warnings = [] if args.images >= 2048 else [f"{args.images} images are fewer than the 2048 features: the FID is biased upwards, and "
+                                               "comparable with nothing"]
+    if sha != INCEPTION[-12:-4]:
+        warnings.append(f"the Inception's weights are not the published ones ({INCEPTION})")
+    if args.folder:
+        files = sorted(Path(args.folder).rglob("*.png"))
+        if len(files) < args.images:
+            raise ValueError(f"--folder {args.folder} has {len(files)} .png files, fewer than the {args.images} asked for with --images")
+        files = [files[i * len(files) // args.images] for i in range(args.images)]           # not the first, which may be of a few classes
+        protocol |= dict(folder=str(Path(args.folder).absolute()))
+    else:
+        cfg, n_classes = run.cfg, len(run.names)
+        protocol |= dict(dataset=cfg.dataset, labels="balanced" if args.images % n_classes == 0 else f"the {n_classes} classes in turn",
+                         student=args.student or (args.run and str(args.run)), student_steps=run.step, guidance=cfg.guidance, temperature=1.0,
+                         confidence_noise=cfg.confidence_noise, init_mask=cfg.init_mask, draft_temperature=cfg.draft_temperature)
+        warnings += ["a smoke run: the weights are random"] if cfg.smoke else []
+    extract = partial(load_inception(path).to(device), path=args.inception_path)
+    target = reference(args.reference, extract, args.batch)
+    if len(target[0]) != 2048 or (target[2] is not None and len(target[2]) < 4):             # now, not after hours
+        raise ValueError(f"reference {args.reference} should have a mean of 2048 values and at least 4 images, if any")
+    count = "mu and sigma only: no precision, no recall" if target[2] is None else f"{len(target[2])} images"
+    protocol["reference"] = f"{Path(args.reference).absolute()} ({count})"
+    if target[2] is not None and len(target[2]) < 2048:
+        warnings.append(f"the reference has {len(target[2])} images, fewer than the 2048 features")
+    if warnings:
+        protocol["warning"] = "; ".join(warnings)
+    if args.folder:
+        rows, shown = [dict(model="folder", steps=None, **scores(*collect(files, extract, args.batch), target))], []
+    else:
+        rows, shown = rows_of_models(run, target, extract, args.steps, args.images, args.seed, args.batch)
+    content = dict(protocol=protocol, rows=rows)
+    (Path(folder) / "report.json").write_text(json.dumps(content, indent=1))
+    if shown:
+        sheet(shown, [run.names[i] for i in shown_classes(run.cfg, len(run.names))]).save(Path(folder) / "report.png")
+    print(official_table(content))
+    return content
+
+
+def official_table(content):
+    """report.json's content -> text: the protocol, then the columns of Table 2."""
+    lines = [f"{key}: {value}" for key, value in content["protocol"].items()]
+    lines += [f"{'model':<11}{'steps':>6}{'FID':>9}{'IS':>9}{'+-':>7}{'prec.':>7}{'recall':>8}{'ms/image':>10}"]
+    columns = dict(fid=9, inception_score=9, inception_score_std=7, precision=7, recall=8, ms_per_image=10)
+    lines += [f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())
+              for row in content["rows"]]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the command
 def main():
-    parser = argparse.ArgumentParser(description="The table of a run: teacher in 16, 8, 4, 2, 1 steps, student in 1.")
-    parser.add_argument("--run", help="runs/<name>; the newest run if not given")
-    parser.add_argument("--images", type=int, default=960, help="images per row")
+    parser = Parser(description="The table of a run: the teacher in 16 ... 1 steps, the student in 1. imagenet: FID against --reference.")
+    parser.add_argument("--images", type=int, help="images per row; 960, with --reference 50000, if not given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, nargs="*", help="rows of the teacher; 16 8 4 2 1, with --reference 16 8 4 2, if not given")
+    parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time")
+    parser.add_argument("--reference", help="imagenet: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
+    parser.add_argument("--folder", help="with --reference: score the PNGs of this folder in place of a run")
+    parser.add_argument("--inception-weights", metavar="FILE", help=f"{INCEPTION}, else looked for in weights/")
+    parser.add_argument("--inception-path", choices=["pytorch-fid", "legacy"], default="pytorch-fid", help="how images are resized and scaled")
+    model_arguments(parser)
     args = parser.parse_args()
-    if args.images < 48 or args.seed < 0:
-        raise ValueError(f"--images should be at least 48 and --seed at least 0, got {args.images} and {args.seed}")
-    folder = args.run or newest_run()
-    run = load_run(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    report(run, world(run.cfg, "test")[:2], folder, args.images, args.seed)
+    args.images = args.images if args.images is not None else 50_000 if args.reference else 960
+    args.steps = args.steps if args.steps is not None else (16, 8, 4, 2) if args.reference else (16, 8, 4, 2, 1)
+    least = 10 if args.reference else 48
+    if args.images < least or args.seed < 0 or args.batch < 1:
+        raise ValueError(f"--images should be at least {least}, --batch 1 and --seed 0, got {args.images}, {args.batch} and {args.seed}")
+    if args.folder and not args.reference:
+        raise ValueError("--folder needs --reference: what to compare the images with")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.folder:
+        return official_report(args, None, ".", device)
+    public = args.student or args.dataset
+    args.run = args.run or (None if public else newest_run())
+    run = load_models(args, device, student=not args.dataset, teacher=len(args.steps) > 0)
+    if any(not 1 <= T <= run.tokenizer.L for T in args.steps) or not (run.student or args.steps):
+        raise ValueError(f"--steps should be between 1 and {run.tokenizer.L}, got {args.steps}")
+    if run.cfg.dataset == "imagenet" and not args.reference:
+        raise ValueError("imagenet needs --reference FILE: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
+    if run.cfg.dataset != "imagenet" and args.reference:
+        raise ValueError(f"--reference is for imagenet; {args.run} is a run of {run.cfg.dataset} and has its own judge")
+    if args.reference:
+        official_report(args, run, "." if public else args.run, device)
+    else:
+        report(run, world(run.cfg, "test")[:2], args.run, args.images, args.seed, args.steps)
 
 
 if __name__ == "__main__":

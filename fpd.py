@@ -96,7 +96,7 @@ def refine(teacher, z_masked, c, s, generator, steps=1):
         filled = torch.where(z == mask_id, draw(guided_logits(teacher, z, c, s), 1.0, generator), z)
         if i == steps - 1:
             return filled
-        keep = (hidden * (i + 1) / steps).round()                                # positions revealed after this step
+        keep = (hidden * (1 - math.cos((i + 1) / steps * math.pi / 2))).round()  # revealed after this step: few at first (cosine)
         order = torch.where(z_masked == mask_id, uniform(z.shape, generator, z.device), 2.0) if i == 0 else order
         z = torch.where(order.argsort(1).argsort(1) < keep[:, None], filled, z)
 
@@ -130,7 +130,7 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, sche
     z = torch.full((B, L), K, device=c.device)                                   # all hidden: z_T of Sec. 3.1
     is_fixed = torch.zeros(B, L, dtype=torch.bool, device=c.device)
     for i, count in enumerate(reveal_counts(L, steps, schedule)):
-        ramp = i / (steps - 1) if steps > 1 else 1.0
+        ramp = i / max(1, steps - 1)
         logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp, mask_column=replay is not None) / temperature
         if replay is None:
             tokens, g = draw(logits, 1.0, generator), gumbel((B, L), generator, c.device)
@@ -189,15 +189,22 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     # refinement (Eq. 5): hide part of the draft, let the frozen teacher fill it in once
     with torch.no_grad():
         r = sample_ratio(B, cfg.remask_min, cfg.remask_max, generator, device)   # (B,), r ~ pi
+        far, near = uniform((B,), generator, device).argsort().tensor_split([round(cfg.far * B)])    # ours: a share of drafts with r = 1
+        r[far] = 1.0
         z_masked, is_masked = remask(z_hat, r, K, generator)                     # M_r
-        z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator, cfg.refine_steps)   # T_phi^r, (B, L)
+        z_ref = torch.empty_like(z_hat)
+        z_ref[near] = refine(teacher, z_masked[near], c[near], cfg.teacher_cfg, generator)   # T_phi^r, (B, L)
+        if len(far):                                                             # from nothing, one pass would be junk
+            z_ref[far] = refine(teacher, z_masked[far], c[far], cfg.teacher_cfg, generator, cfg.refine_steps)
         Y = lift(E[z_ref])                                                       # targets are constants
     X = lift(e)
     # lifted drift (Eq. 6, 7), one term per block
-    loss, logs = 0.0, {}
+    loss, logs, n = 0.0, {}, cfg.per_class
+    # a refinement is a draft's own to the extent that it was visible, 1 - r
+    pull = per_class_groups((1 - r).view(B, 1, 1).expand(B, X[0].shape[1], 1), n) if cfg.pull else None
     for x, y in zip(X, Y):
-        block_loss, block_logs = drift_loss(per_class_groups(x, cfg.per_class), per_class_groups(y, cfg.per_class), cfg.bandwidths,
-                                            joint=cfg.affinity == "joint", self_negative=cfg.self_negative)
+        block_loss, block_logs = drift_loss(per_class_groups(x, n), per_class_groups(y, n), cfg.bandwidths, pull, cfg.crowd,
+                                            joint=cfg.affinity == "joint", self_negative=cfg.self_negative, own_target=cfg.own_target)
         loss = loss + block_loss
         for name, value in block_logs.items():
             logs[name] = logs.get(name, 0.0) + value / len(X)

@@ -192,17 +192,22 @@ class Backbone(nn.Module):
         return self.net.forward_intermediates(x, indices=self.blocks, norm=False, stop_early=True, intermediates_only=True)
 
 
+def find_backbone(name, given=None):
+    """Path of the weights of a timm network: the user's own file, else weights/<name>.safetensors, else repository timm/<name> on the hub."""
+    config = import_timm().get_pretrained_cfg(name)
+    if config is None:
+        raise ValueError(f"{name!r} is not a network with pretrained weights of timm")
+    return find_weights("backbone", given, "model.safetensors", config.hf_hub_id or f"timm/{name}", save_as=f"{name}.safetensors")
+
+
 def load_backbone(name="vit_base_patch16_dinov3.lvd1689m", weights=None, blocks=(2, 5, 8, 11), image_size=256):
     """Phi with its pretrained weights, frozen, in eval mode.
 
-    weights   path or state dict with timm's keys, complete but for a classifier; None: looked for as `find_weights` does, in
-              weights/<name>.safetensors, then in repository timm/<name> on the hub
+    weights   path or state dict with timm's keys, complete but for a classifier; None: `find_backbone` looks for it
     ValueError in one line when nothing is found, the file cannot be read or does not fit
     """
     model = Backbone(name, blocks, image_size)
-    if weights is None:
-        repo = model.net.pretrained_cfg["hf_hub_id"] or f"timm/{name}"
-        weights = find_weights("backbone", None, "model.safetensors", repo, save_as=f"{name}.safetensors")
+    weights = find_backbone(name) if weights is None else weights
     what = f"the backbone {name}"
     # "head.": a classifier, which we do not build; "rope.": constants that timm computes itself
     load_strictly(model.net, read_weights(weights, what), source_name(weights, what), ignore_prefix=("head.", "rope."))

@@ -60,7 +60,7 @@ def paint(canvas, shape, colour, centre, radius, angle):
 def shapes(labels, seed, anywhere=False, size=32):
     """Render the shapes world: one object of a colour and a shape on a plain grey ground.
 
-    labels (N,) long, index into shapes_names()   seed: image i depends on the seed and on everything before it in the list
+    labels (N,) long, index into shapes_names()   seed: equal labels and seed give equal images
     anywhere   False: object within 3 px of the centre, as photographs are (the default world).
                True: as far off as it still fits (the hard world, see README)
     Place, size, turn, hue and ground vary from image to image. returns (N, 3, size, size) uint8
@@ -93,7 +93,7 @@ def read_image(path, size):
             if image.mode.startswith("I"):                                      # 16-bit grey: PIL would clip it to white
                 image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 

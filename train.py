@@ -1,12 +1,14 @@
 """train.py - the whole run, from nothing to a one-step student and its report.
 
-    prepare (once, cached)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2);   images -> Phi, judge
+    prepare (once, cached)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2);   images -> Phi, judge;   imagenet: official files
     distil                   student = copy of the teacher; fpd.fpd_step (Eq. 3 to 8), AdamW, EMA
     leave                    runs/<name>/: config.json, log.jsonl, samples/, checkpoint.pt, report.json, report.png
 
     python train.py                                   # the shapes world on a CPU
     python train.py --dataset folder --data DIR       # your own images, one subfolder per class
-    python train.py --smoke                           # under a minute: proves the set-up, learns nothing
+    python train.py --dataset imagenet --gpus 1       # the paper's class-conditional run: labels only, no images
+    python train.py --smoke                           # under a minute: proves the set-up, learns nothing; with each --dataset
+    python train.py --resume                          # the newest run goes on, with its own settings
 """
 import argparse
 import copy
@@ -17,54 +19,65 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import ConvNet, MaskGIT
-
-FORMAT = 1                                                                       # of checkpoint.pt
+from models import Backbone, ConvNet, MaskGIT, find_backbone, load_backbone, load_maskgit
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1); SMALL says what the small worlds change."""
     # what runs
-    dataset: str = "shapes"           # shapes | folder
+    dataset: str = "shapes"           # shapes | folder | imagenet
     data: str = ""                    # folder: the directory with one subfolder of images per class
     anywhere: bool = False            # shapes: objects anywhere on the canvas, the hard world, in place of near its centre
     name: str = ""                    # runs/<name>; made from the settings above when empty
-    resume: bool = False              # go on with an interrupted run (the newest, or --name)
+    resume: bool = False              # go on with an interrupted run (the newest, or --name) and its settings
     gpus: int = None                  # 0: CPU, 1: one CUDA GPU; 1 where there is one when not given
     smoke: bool = False               # tiny step counts: proves the set-up, learns nothing
     seed: int = 0                     # of the distillation, its samples and its report
     # preparation of the small worlds
     prepare_seed: int = 0             # of tokenizer, Phi, judge and teacher: runs with other --seed share them, as they would official ones
-    tokenizer_steps: int = 1000       # VQGAN, batch 32
+    tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 2500         # MaskGIT, batch 64
+    teacher_steps: int = 2000         # MaskGIT, batch 64
+    # official networks of imagenet: a file, else weights/, else the hub
+    tokenizer_weights: str = ""       # VQGAN
+    teacher_weights: str = ""         # MaskGIT
+    backbone_weights: str = ""        # Phi
+    backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm (Sec. 4.1: DINOv3 ViT-B/16)
+    blocks: tuple = (2, 5, 8, 11)     # of the backbone, whose outputs are compared (Sec. 4.1, Table 4b)
     # sampling
-    guidance: float = 2.0             # the multi-step teacher's, in its last step; 1 = none
-    confidence_noise: float = 4.5     # Gumbel noise on the teacher's confidence (the official sampler's r_temp)
+    guidance: float = sample.PUBLIC["guidance"]                  # the multi-step teacher's, in its last step; 1 = none
+    confidence_noise: float = sample.PUBLIC["confidence_noise"]  # Gumbel noise on its confidence (the official sampler's r_temp)
     # the method
     init_mask: float = 0.9            # r_init of Sec. 3.2, "nearly fully masked"; stored with the student, who knows no other
     draft_temperature: float = 1.0    # of Eq. 4, in training and sampling
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
+    far: float = 0.0                  # share of drafts with r = 1, refined in refine_steps passes (ours; see README)
     refine_steps: int = 1             # teacher passes of a refinement; 1 in the paper
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Sec. 4.1)
     affinity: str = "joint"           # joint | apart: attraction and repulsion normalised together or each alone (Eq. 6)
+    own_target: bool = True           # is a draft's own refinement among the targets of its drift? (Eq. 6)
+    pull: bool = False                # ours: besides the drift, a force straight to the own refinement, weighted 1 - r
+    crowd: float = 1.0                # ... and the weight of the drift beside that force
     self_negative: bool = False       # is a draft among its own negatives? (Eq. 6)
     per_class: int = 16               # drafts of one class in a batch; only these are compared with each other
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
@@ -76,32 +89,51 @@ class Config:
     decay: float = 0.0                # the last share of the steps over which the learning rate falls to 0; the paper's is constant
     clip: float = 1.0                 # gradient norm
     ema: float = 0.9999
+    lift_chunk: int = None            # images lifted at a time and once more in the backward pass: less memory, same gradient; None: all
     # bookkeeping
     log_every: int = 10
-    sample_every: int = 100
-    save_every: int = 100
+    sample_every: int = 1000
+    save_every: int = 1000
 
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
-SMALL = dict(lr=3e-4, batch=64, steps=600, warmup=20, decay=0.7, ema=0.98)
-SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, log_every=1, sample_every=2, save_every=2)
+SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.98, guidance=2.0, confidence_noise=2.0, far=0.25, refine_steps=4,
+             own_target=False, pull=True, sample_every=50, save_every=50)
+# What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
+SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
+# What a run was made of: --resume cannot change it
+FIXED = ("dataset", "data", "anywhere", "smoke", "prepare_seed", "tokenizer_steps", "classifier_steps", "teacher_steps", "backbone", "blocks",
+         "init_mask")
 
 
 def parse(argv=None):
-    """Command line -> Config: the paper's defaults, then SMALL, then SMOKE, then what the user typed. Unknown flags stop the run."""
-    parser = argparse.ArgumentParser(description="Distil a masked discrete diffusion model into one step (FPD).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
+    """Command line -> Config: the paper's defaults, then SMALL (not for imagenet), then SMOKE, then what the user typed.
+
+    --resume: the settings of the checkpoint, then what the user typed. Unknown flags stop the run.
+    """
+    parser = sample.Parser(description="Distil a masked discrete diffusion model into one step (FPD).",
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif f.type is tuple:
-            kind = dict(type=float, nargs="+")
+            kind = dict(type=type(f.default[0]), nargs="+")
         else:
             kind = dict(type=f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **kind)
-    typed = vars(parser.parse_args(argv))
-    cfg = Config(**{**SMALL, **(SMOKE if typed.get("smoke") else {}), **typed})
-    cfg.bandwidths = tuple(cfg.bandwidths)
+    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    if typed.get("resume"):
+        folder = run_folder(Config(name=typed.get("name", ""), resume=True))
+        saved = sample.read_checkpoint(folder)
+        settings = {**dataclasses.asdict(Config()), **saved["config"], "name": folder.name}
+        for key in FIXED:
+            if typed.get(key, settings[key]) != settings[key]:
+                raise ValueError(f"--resume: --{key.replace('_', '-')} of {folder} is {settings[key]!r} and cannot become {typed[key]!r}")
+        if saved["step"] >= typed.get("steps", settings["steps"]):
+            raise ValueError(f"--resume: {folder} has done its {saved['step']} steps; --steps N goes further, evaluate.py makes the report")
+    else:
+        settings = {**({} if typed.get("dataset") == "imagenet" else SMALL), **(SMOKE if typed.get("smoke") else {})}
+    cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
 
@@ -112,7 +144,7 @@ def check(cfg):
         if not ok:
             raise ValueError(text)
     want(cfg.prepare_seed >= 0, f"--prepare-seed should not be negative, got {cfg.prepare_seed}")
-    for name, options in dict(dataset=("shapes", "folder"), affinity=("joint", "apart"), estimator=("ste", "soft")).items():
+    for name, options in dict(dataset=("shapes", "folder", "imagenet"), affinity=("joint", "apart"), estimator=("ste", "soft")).items():
         want(getattr(cfg, name) in options, f"--{name} should be one of {', '.join(options)}, got {getattr(cfg, name)!r}")
     want(cfg.seed >= 0, f"--seed should not be negative, got {cfg.seed}")
     for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "refine_steps", "log_every", "sample_every", "save_every"):
@@ -124,11 +156,15 @@ def check(cfg):
     want(cfg.draft_temperature > 0, f"--draft-temperature should be positive, got {cfg.draft_temperature}")
     want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
+    for part in ("tokenizer", "teacher", "backbone"):
+        want((cfg.dataset == "imagenet" and not cfg.smoke) or not getattr(cfg, f"{part}_weights"),
+             f"--{part}-weights goes with --dataset imagenet, and not with --smoke")
+    want(cfg.lift_chunk is None or cfg.lift_chunk >= 1, f"--lift-chunk should be at least 1, got {cfg.lift_chunk}")
     want(cfg.gpus in (None, 0, 1), f"--gpus should be 0 or 1, got {cfg.gpus}")
     want(cfg.gpus != 1 or torch.cuda.is_available(), "--gpus 1: there is no CUDA device here; leave --gpus away to run on the CPU")
 
 
-# ------------------------------------------------------------------------------------------------ preparation of the small worlds
+# ------------------------------------------------------------------------------------------------ preparation
 def schedule(parameters, lr, steps, weight_decay=0.0):
     """AdamW with a one-cycle learning rate: the short trainings of the preparation. -> optimiser, scheduler"""
     opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
@@ -232,14 +268,31 @@ def train_teacher(cfg, device, vq):
     return teacher, args
 
 
+def load_official(cfg, device):
+    """The paper's networks: MaskGIT, its VQGAN, and DINOv3 as Phi. -> namespace as of `prepare`"""
+    files = sample.find_all({"tokenizer": partial(sample.official, "tokenizer", cfg.tokenizer_weights),
+                             "teacher": partial(sample.official, "teacher", cfg.teacher_weights),
+                             "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)})
+    for part, path in files.items():
+        print(f"loading {part} from {path}", flush=True)
+    parts = types.SimpleNamespace(names=sample.imagenet_names(), files={part: str(path.absolute()) for part, path in files.items()})
+    parts.tokenizer = sample.frozen(tok.load_vqgan(files["tokenizer"]), device)
+    parts.teacher = sample.frozen(load_maskgit(files["teacher"]), device)
+    sample.check_fit(parts.teacher, parts.tokenizer)
+    parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
+    return parts
+
+
 def prepare(cfg, device):
     """Everything that distillation takes as given, trained where it is not there yet. -> namespace of networks, names, and their files.
 
     A part's file name carries a hash of what it was made from, so a changed setting makes a new file and old runs keep theirs.
     """
+    if cfg.dataset == "imagenet" and not cfg.smoke:
+        return load_official(cfg, device)
     files, made_from = {}, {"dataset": cfg.dataset, "data": cfg.data and str(Path(cfg.data).resolve()), "anywhere": cfg.anywhere,
                             "seed": cfg.prepare_seed, "smoke": cfg.smoke}
-    parts = types.SimpleNamespace(names=tok.world(cfg, "test")[2], files=files)
+    parts = types.SimpleNamespace(names=sample.imagenet_names() if cfg.dataset == "imagenet" else tok.world(cfg, "test")[2], files=files)
 
     def cached(part, cls, build, **settings):
         key = json.dumps({**made_from, **settings}, sort_keys=True)
@@ -251,6 +304,14 @@ def prepare(cfg, device):
         files[part] = str(path)
         setattr(parts, part, sample.load_part(cls, path, device))
 
+    def untrained(cls, **args):
+        return cls(**args), args
+
+    if cfg.dataset == "imagenet":                                                # --smoke: the official networks' classes, tiny and untrained
+        cached("tokenizer", tok.VQGAN, lambda: untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
+        cached("phi", Backbone, lambda: untrained(Backbone, name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64))
+        cached("teacher", MaskGIT, lambda: untrained(MaskGIT, num_classes=1000))
+        return parts
     cached("tokenizer", tok.VQGAN, lambda: train_tokenizer(cfg, device), steps=cfg.tokenizer_steps)
     cached("phi", ConvNet, lambda: train_classifier(cfg, device, "phi", 32), steps=cfg.classifier_steps)
     cached("judge", ConvNet, lambda: train_classifier(cfg, device, "judge", 24), steps=cfg.classifier_steps, judge=True)
@@ -259,9 +320,18 @@ def prepare(cfg, device):
 
 
 # ------------------------------------------------------------------------------------------------ distillation
-def make_lift(tokenizer, phi, grid=4):
-    """E[z] -> features (Sec. 3.3): decoder, Phi, one X (B, F, D) per block. Frozen, but gradients pass. F = grid^2 positions."""
+def make_lift(tokenizer, phi, chunk=None, grid=4):
+    """E[z] -> features (Sec. 3.3): decoder, Phi, one X (B, F, D) per block. Frozen, but gradients pass. F = grid^2 positions.
+
+    chunk   images at a time, nothing kept but their features: the backward pass computes the rest again. Exact, since neither decoder
+            nor Phi looks at more than one image. None: all at once
+    """
     def lift(e):
+        if chunk is None:
+            return lift_all(e)
+        return [torch.cat(block) for block in zip(*(checkpoint(lift_all, part, use_reentrant=False) for part in e.split(chunk)))]
+
+    def lift_all(e):
         images = tokenizer.decode(e)                                             # (B, 3, H, W); no clamp: it would stop the gradient
         X = []
         for m in phi.maps(images):                                               # (B, D, h, w)
@@ -282,7 +352,7 @@ def save(path, content):
 def draw_classes(n_classes, cfg, generator):
     """The batch's condition: batch / per_class different classes, as far as there are that many, per_class of each. -> (B,)"""
     G = cfg.batch // cfg.per_class
-    picks = torch.cat([torch.randperm(n_classes, generator=generator) for _ in range(-(-G // n_classes))])[:G]
+    picks = torch.cat([torch.randperm(n_classes, generator=generator, device=generator.device) for _ in range(-(-G // n_classes))])[:G]
     return picks.repeat_interleave(cfg.per_class)
 
 
@@ -292,32 +362,80 @@ def learning_rate(step, cfg):
     return cfg.lr * min(1, step / cfg.warmup) * (1 - math.cos(math.pi * min(1, left))) / 2
 
 
+def memory(student, parts, cfg, half):
+    """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
+
+    The last is counted on one image and on two. Their difference is an image's share; the rest (the weights, as bf16 under autocast,
+    too) does not grow. Buffers that live for a moment come on top.
+    """
+    E, lift = parts.tokenizer.E, make_lift(parts.tokenizer, parts.phi)
+
+    def kept(forward, B):
+        """Bytes that the backward pass of forward(B) would keep."""
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
+            alive = forward(B)                                                   # else memory would be freed, and counted twice
+        del alive
+        return sum(storages.values())
+
+    def draft(B):
+        z = torch.full((B, student.L), student.K, device=E.device)
+        return student(z, z[:, 0] * 0)
+
+    def lifted(B):
+        return lift(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_())
+
+    (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
+    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
+    fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
+    images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
+    return (fixed + images) / 1e9
+
+
 def distil(cfg, parts, folder, device):
     """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl and samples/ in `folder`."""
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
     ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed)                    # all randomness of the distillation
-    lift, E, start = make_lift(parts.tokenizer, parts.phi), parts.tokenizer.E, 0
+    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
+    lift, E, start = make_lift(parts.tokenizer, parts.phi, cfg.lift_chunk), parts.tokenizer.E, 0
+    print(f"memory: about {memory(student, parts, cfg, half):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = sample.read_checkpoint(folder)
         start = saved["step"]
+        if saved["rng"].shape != generator.get_state().shape:
+            raise ValueError(f"--resume: {folder} did not run on {device}, and its random numbers can only go on where they began")
         student.load_state_dict(saved["student"])
         ema.load_state_dict(saved["ema"])
         opt.load_state_dict(saved["opt"])
         generator.set_state(saved["rng"])
 
-    def checkpoint(step):
-        save(folder / "checkpoint.pt", dict(format=FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
-                                            student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=generator.get_state()))
+    def save_state(step):
+        save(folder / "checkpoint.pt", dict(
+            format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
+            student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=generator.get_state()))
 
-    log, bar, step = open(folder / "log.jsonl", "a"), tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps), start
+    interrupted, before = [], signal.getsignal(signal.SIGINT)
+
+    def interrupt(number, frame):
+        """Ctrl-C: the step is finished first, so that what is saved is whole. A second Ctrl-C does not wait."""
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    log, bar = open(folder / "log.jsonl", "a"), tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         for step in bar:
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             c = draw_classes(len(parts.names), cfg, generator).to(device)        # (B,)
-            loss, logs = fpd.fpd_step(student, parts.teacher, lift, E, c, cfg, generator)
+            with half:
+                loss, logs = fpd.fpd_step(student, parts.teacher, lift, E, c, cfg, generator)
             opt.zero_grad(set_to_none=True)
             loss.backward()
             logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
@@ -333,24 +451,23 @@ def distil(cfg, parts, folder, device):
                 bar.set_postfix(loss=f"{row['loss']:.3f}", entropy=f"{row['entropy']:.2f}")
                 if not torch.isfinite(loss):
                     raise ValueError(f"the loss is {row['loss']} at step {step}: {row}; the last good state is {folder / 'checkpoint.pt'}")
-            if step % cfg.sample_every == 0 or step == cfg.steps:
+            if step % cfg.sample_every == 0:
                 sample_sheet(cfg, parts, ema, folder / "samples" / f"{step:06d}.png")
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                checkpoint(step)
-    except KeyboardInterrupt:
-        checkpoint(step - 1)
-        print(f"\nstopped; saved. Go on with: python train.py --resume --name {folder.name}")
-        sys.exit(130)
+            if step % cfg.save_every == 0 or step == cfg.steps or interrupted:
+                save_state(step)
+            if interrupted:
+                bar.close()
+                print(f"\nstopped; saved after step {step}. Go on with: python train.py --resume --name {folder.name}")
+                sys.exit(130)
     finally:
         log.close()
+        signal.signal(signal.SIGINT, before)
     return ema
 
 
 def sample_sheet(cfg, parts, student, path):
     """Teacher in 16 steps, teacher in 1, student in 1: the same labels and captions."""
-    n = min(12, len(parts.names))
-    c = torch.arange(n) * len(parts.names) // n + torch.arange(n) % 2            # spread over the classes
-    c = c % len(parts.names)
+    c = sample.shown_classes(cfg, len(parts.names))
     rows = [(title, sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed))
             for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1), ("student 1", student, 0))]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,20 +495,28 @@ def main():
     cfg = parse()
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
     folder = run_folder(cfg)
-    tok.world(cfg, "test")                                                           # bad --data should end here, before anything is written
+    if cfg.dataset != "imagenet" and len(tok.world(cfg, "test")[0]) < 4:             # bad --data should end here, before anything is written
+        raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept for the report")
     print(f"run {folder} on {device}, torch {torch.__version__}, python {platform.python_version()}")
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
     begin = time.time()
     parts = prepare(cfg, device)
+    for part, path in parts.files.items():
+        network = getattr(parts, part)
+        print(f"{part}: {type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, {path}")
     prepared = time.time()
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     distil(cfg, parts, folder, device)
     distilled = time.time()
-    images, labels, _ = tok.world(cfg, "test")
-    evaluate.report(sample.load_run(folder, device), (images, labels), folder, n=48 if cfg.smoke else 960)
-    print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f}, "
-          f"report {(time.time() - distilled) / 60:.1f} | pictures: {folder / 'report.png'}, {folder / 'samples'}/")
+    if cfg.dataset == "imagenet":
+        print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f} | pictures: {folder / 'samples'}/ | "
+              f"scores: python evaluate.py --run {folder} --reference FILE")
+    else:
+        images, labels, _ = tok.world(cfg, "test")
+        evaluate.report(sample.load_run(folder, device), (images, labels), folder, n=48 if cfg.smoke else 960)
+        print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f}, "
+              f"report {(time.time() - distilled) / 60:.1f} | pictures: {folder / 'report.png'}, {folder / 'samples'}/")
     if cfg.smoke:
         print("This was a smoke run: the set-up works. Nothing was learnt, the pictures mean nothing.")
 

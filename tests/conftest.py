@@ -3,8 +3,10 @@
 No weights are stored there. Every weight is generated from its official key, so a network that loads the official key names
 strictly can be checked at full size: case.weights() -> load -> case.inputs -> case.check(name, output).
 """
+import importlib
 import json
 import os
+import subprocess
 import sys
 import types
 import zlib
@@ -18,7 +20,39 @@ from safetensors.torch import save_file
 os.environ["HF_HUB_OFFLINE"] = "1"                                     # no test may reach the network; read when the hub is imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
+
+
+def command_line(line):
+    """"train.py --smoke", or a list of its words -> what a process is started with."""
+    script, *arguments = line.split(" ") if isinstance(line, str) else line
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
+def command(line, cwd):
+    """Run a command of the README in a folder of its own. -> CompletedProcess with text output."""
+    return subprocess.run(command_line(line), cwd=cwd, capture_output=True, text=True)
+
+
+def in_process(line, cwd, monkeypatch, capfd):
+    """The same without a new process, which takes seconds to import everything. -> exit code (0 at the end of main), stderr"""
+    from sample import run_command
+    _, script, *arguments = command_line(line)
+    module = importlib.import_module(Path(script).stem)
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    capfd.readouterr()
+    try:
+        run_command(module.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capfd.readouterr().err
 
 
 def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):

@@ -1,22 +1,13 @@
 """The commands of the README, end to end and tiny, and what they say to wrong input."""
 import json
-import os
+import signal
 import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
+from conftest import command, command_line, in_process
 from PIL import Image
-
-ROOT = Path(__file__).parent.parent
-
-
-def command(line, cwd):
-    """Run "train.py --smoke" etc. in a folder of its own. -> CompletedProcess with text output."""
-    script, *arguments = line.split(" ") if isinstance(line, str) else line
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +41,35 @@ def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(smoke):
 
 
 def test_resume_is_the_uninterrupted_run_bit_for_bit(smoke):
+    """Its settings come from the checkpoint: only --steps has to be typed."""
     folder, _ = smoke
-    assert command("train.py --smoke --steps 2 --name halves", folder).returncode == 0
-    done = command("train.py --smoke --steps 4 --name halves --resume", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("train.py --smoke --steps 2 --name halves", "train.py --name halves --resume --steps 4"):
+        done = command(line, folder)
+        assert done.returncode == 0, done.stderr[-2000:]
     whole, halves = (torch.load(folder / "runs" / name / "checkpoint.pt", weights_only=True) for name in ("shapes-smoke", "halves"))
     for part in ("student", "ema"):
         assert all(torch.equal(whole[part][key], halves[part][key]) for key in whole[part]), part
     assert torch.equal(whole["rng"], halves["rng"])
+    assert halves["config"] == {**whole["config"], "name": "halves", "resume": True}
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(smoke):
+    folder, _ = smoke
+    log = folder / "runs" / "stopped" / "log.jsonl"
+    process = subprocess.Popen(command_line("train.py --smoke --steps 1000 --sample-every 1000 --save-every 1000 --name stopped"), cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        for _ in range(600):
+            if log.exists() and log.stat().st_size:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "train.py --resume --name stopped" in out
+    saved = torch.load(log.parent / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == json.loads(log.read_text().splitlines()[-1])["step"]
 
 
 def test_sample_by_number_and_by_name_is_the_same_picture(smoke):
@@ -92,26 +104,50 @@ WRONG = [("sample.py --class 24", "not a class of this run"), ("sample.py --clas
          ("sample.py --class -1", "not a class of this run"), ("sample.py --n 0", "--n should be at least 1"),
          ("sample.py --seed -1", "--seed"), ("sample.py --teacher --steps 0", "--steps should be between 1 and 64"),
          ("sample.py --run runs/none", "does not exist"), ("sample.py --run foreign", "not a checkpoint of train.py"),
-         ("sample.py --run broken", "cannot be read as a checkpoint"),
+         ("sample.py --run broken", "cannot be read as a checkpoint"), ("sample.py --n many", "invalid int value: 'many'"),
+         ("sample.py --clas 3", "unrecognized arguments: --clas 3"), ("sample.py --out nowhere/x.png --n 1", "nowhere/x.png"),
+         ("sample.py --init-mask 0.6", "--init-mask goes with --student"), ("sample.py --dataset imagenet", "add --teacher"),
+         ("sample.py --run runs/shapes-smoke --student x", "exclude each other"), ("sample.py --teacher --student x", "exclude each other"),
+         ("sample.py --teacher-weights x", "--teacher-weights is for imagenet"),
          ("train.py --smoke --batch 1", "--batch"), ("train.py --smoke --per-class 1", "--per-class should be at least 2"),
          ("train.py --smoke --steps 0", "--steps should be at least 1"), ("train.py --smoke --seed -3", "--seed"),
          ("train.py --smoke --dataset folder", "--data"), ("train.py --smoke --dataset folder --data nowhere", "is not a folder"),
-         ("train.py --smoke --dataset folder --data empty", "no subfolders"), ("train.py --smoke --dataset cifar", "--dataset should be one of"),
+         ("train.py --smoke --dataset folder --data empty", "no subfolders"),
+         ("train.py --smoke --dataset folder --data few", "fewer than 40 images"),
+         ("train.py --smoke --dataset cifar", "--dataset should be one of"),
          ("train.py --smoke --name shapes-smoke", "exists already"), ("train.py --smoke --resume --name none", "--resume"),
          ("train.py --smoke --bandwidths 0", "--bandwidths"), ("train.py --smoke --init-mask 0", "--init-mask"),
-         ("evaluate.py --images 1", "--images"), ("evaluate.py --run runs/none", "does not exist")]
+         ("train.py --smoke --lift-chunk 0", "--lift-chunk should be at least 1"),
+         ("train.py --smoke --steps", "--steps: expected one argument"), ("train.py --smoke --step 3", "unrecognized arguments: --step 3"),
+         ("train.py --smoke --backbone-weights x", "--backbone-weights goes with"),
+         ("train.py --resume --name shapes-smoke", "has done its 4 steps"),
+         ("train.py --resume --name shapes-smoke --dataset imagenet", "'shapes' and cannot become 'imagenet'"),
+         ("train.py --resume --name shapes-smoke --steps 9 --init-mask 0.5", "0.9 and cannot become 0.5"),
+         ("evaluate.py --images 1", "--images"), ("evaluate.py --run runs/none", "does not exist"),
+         ("evaluate.py --folder empty", "--folder needs --reference"), ("evaluate.py --steps 65", "--steps should be between 1 and 64"),
+         ("evaluate.py --reference empty", "--reference is for imagenet")]
 
 
 @pytest.mark.parametrize("line, says", WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_ends_in_one_line_and_overwrites_nothing(smoke, line, says):
+def test_wrong_input_ends_in_one_line_and_overwrites_nothing(smoke, line, says, monkeypatch, capfd):
     folder, _ = smoke
     for name, content in (("foreign", {"a": 1}), ("broken", None)):
         (folder / name).mkdir(exist_ok=True)
         torch.save(content, folder / name / "checkpoint.pt")
     (folder / "broken" / "checkpoint.pt").write_bytes((folder / "runs/shapes-smoke/checkpoint.pt").read_bytes()[:1000])
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "few" / "class").mkdir(parents=True, exist_ok=True)
+    for i in range(30):
+        Image.new("RGB", (8, 8)).save(folder / "few" / "class" / f"{i}.png")
     before = sorted((folder / "runs").rglob("*"))
-    done = command(line, folder)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    returncode, stderr = in_process(line, folder, monkeypatch, capfd)
+    assert returncode == 2 and stderr.startswith("error: ") and says in stderr, stderr
+    assert stderr.count("\n") == 1 and "Traceback" not in stderr
     assert sorted((folder / "runs").rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_exit_code_and_message_of_a_real_process(tmp_path, script):
+    done = command(f"{script} --run", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+    assert not list(tmp_path.iterdir())
