@@ -88,7 +88,7 @@ def refine(teacher, z_masked, c, s, generator, steps=1):
     """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L). Visible tokens stay. -> z_ref (B, L).
 
     Every hidden position is sampled, not maximised: Eq. 3 speaks of distributions.
-    steps > 1 (ours, not the paper's) reveals them in as many random portions, each given what the last one showed.
+    steps > 1 (ours, not the paper's) reveals them in as many random portions, few at first, each given what was shown before.
     """
     z, mask_id = z_masked.clone(), teacher.K
     hidden = (z == mask_id).sum(1)                                               # (B,)
@@ -122,7 +122,7 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, sche
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1). -> z (B, L), codes only.
 
     teacher      any of our MaskGIT; c (B,) labels; generator: as everywhere, one or one per image
-    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step; a single step uses s
+    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step, so a single step has none
     temperature  divides the logits before a token is drawn       noise: Gumbel noise on the confidence, falls linearly to 0
     replay       tests: [(tokens (B, L), gumbel (B, L)), ...] per step, recorded over K + 1 columns, in place of the draws
     """

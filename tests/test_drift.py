@@ -342,3 +342,46 @@ def test_mismatched_shapes_are_named_in_the_error(x, y):
         with pytest.raises(ValueError) as error:
             call(torch.zeros(x), torch.zeros(y))
         assert str(x) in str(error.value) and str(y) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ ours: own pair apart, pull
+def test_without_the_own_pair_a_draft_does_not_see_its_own_refinement():
+    """own_target=False and self_negative=False: V_i depends on X_i and on the others' pairs, not on Y_i."""
+    X, Y = torch.randn(6, 3, 5), torch.randn(6, 3, 5)
+    V = drift(X, Y, 0.5, own_target=False)
+    moved = Y.clone()
+    moved[2] += 0.01 * torch.randn(3, 5)                                         # hardly changes the common unit of distance
+    W = drift(X, moved, 0.5, own_target=False)
+    others = [i for i in range(6) if i != 2]
+    assert (W[2] - V[2]).abs().max() < 0.05 * (W[others] - V[others]).abs().max()
+
+
+def test_without_the_own_pair_equal_distributions_balance_even_when_pairs_are_close():
+    """Eq. 3: Y_i = X_i + a little is the same distribution. With the own pair out, the mean drift vanishes; the official form repels."""
+    generator = torch.Generator().manual_seed(0)
+    size = {}
+    for own_target in (False, True):
+        V = []
+        for _ in range(200):
+            X = torch.randn(8, 4, 2, generator=generator)
+            V.append((drift(X, X + 0.01 * torch.randn(8, 4, 2, generator=generator), 0.2, own_target=own_target) * X).sum(-1))
+        size[own_target] = torch.cat(V).mean().abs().item()                      # mean outward component
+    assert size[False] < 0.1 * size[True]
+
+
+def test_own_target_needs_pairs():
+    with pytest.raises(ValueError, match="one refinement per draft"):
+        drift(torch.randn(4, 2, 3), torch.randn(5, 2, 3), 0.2, own_target=False)
+
+
+def test_pull_and_crowd_weigh_two_forces_of_equal_size():
+    """V = pull (Y - X) / RMS + crowd * drift / RMS, and the gradient is along -V / RMS(V), summed over the bandwidths."""
+    X, Y, pull = torch.randn(5, 3, 4, requires_grad=True), torch.randn(5, 3, 4), torch.rand(5, 3, 1)
+    loss, _ = drift_loss(X, Y, (0.2, 0.5), pull, 1.5, own_target=False)
+    loss.backward()
+    wanted = 0
+    for h in (0.2, 0.5):
+        own, V = pull * (Y - X.detach()), drift(X, Y, h, own_target=False)
+        V = own / own.pow(2).mean().sqrt() + 1.5 * V / V.pow(2).mean().sqrt()
+        wanted = wanted - 2 / X.numel() * V / V.pow(2).mean().sqrt()
+    assert torch.allclose(X.grad, wanted, atol=1e-6)

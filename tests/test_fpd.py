@@ -191,12 +191,14 @@ def test_refinement_fills_what_is_hidden_and_keeps_the_rest(steps, per_image):
     assert torch.equal(z_masked, before)
 
 
-def test_refinement_in_steps_reveals_equal_portions_and_never_changes_its_mind():
+def test_refinement_in_steps_reveals_few_tokens_first_and_never_changes_its_mind():
+    """The hidden share falls along a quarter cosine, MaskGIT's own schedule."""
     teacher = Recorder(tiny())
     z_masked, is_masked = fpd.remask(torch.zeros(5, L, dtype=torch.long), torch.tensor([0.25, 0.5, 0.5, 0.75, 1.0]), K, gen())
     z_ref = fpd.refine(teacher, z_masked, torch.zeros(5, dtype=torch.long), 1.0, gen(), steps=4)
     hidden = torch.stack([(z == K).sum(1) for z in teacher.seen])                # (steps, B)
-    assert torch.equal(hidden, is_masked.sum(1) * torch.tensor([4, 3, 2, 1])[:, None] // 4)
+    share = torch.cos(torch.arange(4) / 4 * torch.pi / 2)[:, None]
+    assert (hidden - is_masked.sum(1) * share).abs().max() <= 0.5
     for z in teacher.seen:
         assert torch.equal(z[z < K], z_ref[z < K])
 
@@ -216,10 +218,12 @@ def test_reveal_counts_are_positive_and_sum_to_all_tokens(schedule, tokens, most
         assert len(counts) == steps and sum(counts) == tokens and min(counts) >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="with very many steps rounding up to 1 uses all tokens before the last step, which is left with 0 (64 tokens: from 33 steps on)")
 @pytest.mark.parametrize("tokens", [16, 64, 256])
-def test_reveal_counts_are_positive_for_any_number_of_steps(tokens):
-    assert min(min(fpd.reveal_counts(tokens, steps)) for steps in range(1, tokens + 1)) >= 1
+def test_reveal_counts_end_in_zeros_when_rounding_up_has_used_all_tokens(tokens):
+    for steps in range(1, tokens + 1):
+        counts = fpd.reveal_counts(tokens, steps)
+        fixed = [n for n in counts if n]
+        assert min(counts) >= 0 and sum(counts) == tokens and counts == fixed + [0] * (steps - len(fixed))
 
 
 def test_one_step_reveals_everything():
@@ -254,11 +258,11 @@ def test_the_sampler_fixes_the_scheduled_number_of_tokens_and_never_revisits_one
         assert torch.equal(seen[seen < K], z[seen < K])
 
 
-def test_guidance_ramps_up_from_none_and_a_single_step_uses_all_of_it():
+def test_guidance_ramps_up_from_none_so_a_single_step_has_none():
     teacher, c = Recorder(tiny()), torch.tensor([0, 1, 2])
     fpd.sample(teacher, c, 4, gen(), s=3.0)
     assert [len(seen) for seen in teacher.seen] == [3, 6, 6, 6]                  # no unconditional half in the first step
-    logits = fpd.guided_logits(teacher, torch.full((3, L), K), c, 3.0)
+    logits = fpd.guided_logits(teacher, torch.full((3, L), K), c, 1.0)
     assert torch.equal(fpd.sample(teacher, c, 1, gen(), s=3.0), fpd.draw(logits, 1.0, gen()))
 
 
@@ -416,21 +420,24 @@ def test_the_teacher_sees_the_draft_with_a_part_hidden():
     z, = (z[:8] for z in system.teacher.seen)                                    # one pass; guidance doubles the batch
     z_hat = (seen[1][:, :, None] == system.vq.E).all(-1).float().argmax(-1)
     hidden = (z == K).sum(1)
-    assert torch.equal(z[z < K], z_hat[z < K]) and hidden.min() >= 1 and hidden.max() <= round(0.9 * L)
+    agrees = ((z[:, None] == z_hat) | (z[:, None] == K)).all(-1)                 # (B, B): the teacher gets the drafts in any order
+    assert agrees.any(0).all() and agrees.any(1).all() and hidden.min() >= 1 and hidden.max() <= round(0.9 * L)
 
 
 def test_every_setting_of_the_method_reaches_its_place():
-    """init_mask, draft_temperature, remask_min and _max, teacher_cfg, refine_steps: seen from the networks' side."""
-    system, embedded = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6, teacher_cfg=3.0, refine_steps=2), []
+    """init_mask, draft_temperature, remask_min and _max, teacher_cfg, far, refine_steps: seen from the networks' side."""
+    system, embedded = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6, teacher_cfg=3.0, far=0.25,
+                              refine_steps=2), []
     system.student, system.teacher, lift = Recorder(system.student), Recorder(system.teacher), system.lift
     system.lift = lambda e: embedded.append(e.detach()) or lift(e)
     system.step()
     z_init, = system.student.seen
     assert ((z_init == K).sum(1) == 8).all()
     assert torch.equal(embedded[1], system.vq.E[system.student.net(z_init, system.c).argmax(-1)])          # cold: the surest codes
-    assert [len(z) for z in system.teacher.seen] == [16, 16]                     # two passes over a doubled batch
+    assert [len(z) for z in system.teacher.seen] == [12, 4, 4]                   # one pass for 6 of 8 drafts, two for the far ones; doubled
     hidden = (system.teacher.seen[0] == K).sum(1)
     assert hidden.min() >= 8 and hidden.max() <= 10
+    assert (system.teacher.seen[1] == K).all()
 
 
 def test_the_four_forms_of_the_drift_and_the_grouping_are_different_losses():
