@@ -382,7 +382,7 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     c = torch.arange(n) % len(run.names)
     real_features, _ = judged(run.judge, images)
     real_statistics, real_spread = statistics(real_features), spread(images, labels)
-    rows, shown, columns = [], [], min(12, len(run.names))
+    rows, shown, examples = [], [], shown_classes(run.cfg, len(run.names))
     def measure(name, step_count, fake, label, ms):
         features, logits = judged(run.judge, fake)
         precision, recall = precision_recall(real_features[:n], features)
@@ -394,8 +394,8 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
             spreads = {k: v / real_spread[k] for k, v in spread(fake, label).items()}
             row |= dict(spread=sum(spreads.values()) / 4, spreads=spreads)
         rows.append(row | dict(ms_per_image=ms))
-        order = torch.arange(columns) * (len(run.names) + 1) // columns % len(run.names)           # as many classes as fit
-        shown.append((f"{name} {step_count or ''}  FD {rows[-1]['fd']:.1f}", fake[order]))
+        firsts = [int((label == k).float().argmax()) for k in examples]        # the first image of each class that is shown
+        shown.append((f"{name} {step_count or ''}  FD {rows[-1]['fd']:.1f}", fake[firsts]))
     with torch.no_grad():
         x = to_float(images[:n]).to(run.tokenizer.E.device)
         decoded = torch.cat([run.tokenizer.decode(run.tokenizer.E[run.tokenizer.encode(part)]) for part in x.split(60)])
@@ -414,8 +414,7 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     content = dict(protocol=protocol, rows=rows)
     folder = Path(folder)
     (folder / "report.json").write_text(json.dumps(content, indent=1))
-    order = torch.arange(columns) * (len(run.names) + 1) // columns % len(run.names)
-    sheet(shown, [run.names[i] for i in order]).save(folder / "report.png")
+    sheet(shown, [run.names[i] for i in examples]).save(folder / "report.png")
     print(table(content))
     return content
 

@@ -97,8 +97,8 @@ class Config:
 
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
-SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.98, guidance=2.0, confidence_noise=2.0, far=0.25, refine_steps=4,
-             own_target=False, pull=True, sample_every=50, save_every=50)
+SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.98, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
+             far=0.25, refine_steps=4, own_target=False, pull=True, crowd=1.25, sample_every=50, save_every=50)
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
 # What a run was made of: --resume cannot change it
