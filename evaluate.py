@@ -573,7 +573,9 @@ def main():
     public = args.student or args.dataset
     args.run = args.run or (None if public else newest_run())
     run = load_models(args, device, student=not args.dataset, teacher=len(args.steps) > 0)
-    if any(not 1 <= T <= run.tokenizer.L for T in args.steps) or not (run.student or args.steps):
+    if not (run.student or args.steps):
+        raise ValueError("nothing to score: --dataset imagenet alone is the public teacher, and --steps names none of its rows")
+    if any(not 1 <= T <= run.tokenizer.L for T in args.steps):
         raise ValueError(f"--steps should be between 1 and {run.tokenizer.L}, got {args.steps}")
     if run.cfg.dataset == "imagenet" and not args.reference:
         raise ValueError("imagenet needs --reference FILE: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
