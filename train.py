@@ -514,7 +514,7 @@ def main():
               f"scores: python evaluate.py --run {folder} --reference FILE")
     else:
         images, labels, _ = tok.world(cfg, "test")
-        evaluate.report(sample.load_run(folder, device), (images, labels), folder, n=48 if cfg.smoke else 960)
+        evaluate.report(sample.load_run(folder, device), (images, labels), folder, seed=cfg.seed, n=48 if cfg.smoke else 960)
         print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f}, "
               f"report {(time.time() - distilled) / 60:.1f} | pictures: {folder / 'report.png'}, {folder / 'samples'}/")
     if cfg.smoke:
