@@ -122,7 +122,7 @@ WRONG = [("sample.py --class 24", "not a class of this run"), ("sample.py --clas
          ("train.py --smoke --backbone-weights x", "--backbone-weights goes with"),
          ("train.py --resume --name shapes-smoke", "has done its 4 steps"),
          ("train.py --resume --name shapes-smoke --dataset imagenet", "'shapes' and cannot become 'imagenet'"),
-         ("train.py --resume --name shapes-smoke --steps 9 --init-mask 0.5", "0.9 and cannot become 0.5"),
+         ("train.py --resume --name shapes-smoke --steps 9 --init-mask 0.5", "0.95 and cannot become 0.5"),
          ("evaluate.py --images 1", "--images"), ("evaluate.py --run runs/none", "does not exist"),
          ("evaluate.py --folder empty", "--folder needs --reference"), ("evaluate.py --steps 65", "--steps should be between 1 and 64"),
          ("evaluate.py --reference empty", "--reference is for imagenet")]
