@@ -97,8 +97,9 @@ def refine(teacher, z_masked, c, s, generator, steps=1):
         if i == steps - 1:
             return filled
         keep = (hidden * (1 - math.cos((i + 1) / steps * math.pi / 2))).round()  # revealed after this step: few at first (cosine)
-        order = torch.where(z_masked == mask_id, uniform(z.shape, generator, z.device), 2.0) if i == 0 else order
-        z = torch.where(order.argsort(1).argsort(1) < keep[:, None], filled, z)
+        if i == 0:                                                               # a random order of the hidden positions, for all passes
+            rank = torch.where(z_masked == mask_id, uniform(z.shape, generator, z.device), 2.0).argsort(1).argsort(1)
+        z = torch.where(rank < keep[:, None], filled, z)
 
 
 def reveal_counts(L, steps, schedule="arccos"):
