@@ -15,20 +15,22 @@ Every metric is computed in float64 and follows one official implementation, nam
 """
 import hashlib
 import json
+import os
+import re
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import scipy.ndimage
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
-from sample import Parser, batches, generate, load_models, model_arguments, newest_run, run_command, sheet, shown_classes
-from tokenizer import load_strictly, read_weights, source_name, to_float, to_uint8, world
+from models import load_inception
+from sample import Parser, batches, generate, generators, load_models, model_arguments, newest_run, run_command, sheet, shown, tokens
+from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, to_float, to_uint8, world
 
 
 # ------------------------------------------------------------------------------------------------ the scores
@@ -134,149 +136,6 @@ def precision_recall(real, fake, k=3, block=1000):
     return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ the FID Inception (Szegedy et al. 2015)
-# Google's network of 2015-12-05 as ported to PyTorch, under its key names. Every mixed block is a list of branches, which all see its
-# input and whose outputs are concatenated; a branch is a list of steps: a pool, a convolution (name, channels, kernel, stride = 1), or
-# a list of two convolutions with the same input, concatenated as well.
-pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)      # TensorFlow averages without the padding
-pool_7c = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)            # a slip of the original in its last block, now part of FID
-shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
-
-
-def block_a(width):
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            [pool, ("branch_pool", width, 1)]]
-
-
-def block_c(c):
-    row, column = (1, 7), (7, 1)
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", c, 1), ("branch7x7_2", c, row), ("branch7x7_3", 192, column)],
-            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, column), ("branch7x7dbl_3", c, row), ("branch7x7dbl_4", c, column),
-             ("branch7x7dbl_5", 192, row)],
-            [pool, ("branch_pool", 192, 1)]]
-
-
-def block_e(pool):
-    row, column = (1, 3), (3, 1)
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column)]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), [("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)]],
-            [pool, ("branch_pool", 192, 1)]]
-
-
-BLOCKS = {                                                                     # output: channels, side
-    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64),                 # 256, 288, 288 x 35
-    "Mixed_6a": [[("branch3x3", 384, 3, 2)], [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
-                 [shrink]],                                                                    # 768 x 17
-    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),    # 768 x 17
-    "Mixed_7a": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)],
-                 [shrink]],                                                                    # 1280 x 8
-    "Mixed_7b": block_e(pool), "Mixed_7c": block_e(pool_7c)}                                   # 2048 x 8
-
-
-class Conv(nn.Module):
-    """Convolution without bias, BatchNorm, ReLU. padding=None: "same" with stride 1, none with stride 2."""
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
-        super().__init__()
-        padding = ("same" if stride == 1 else 0) if padding is None else padding
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)                              # eps is not torch's default
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Block(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, h', w'), from a table like those above."""
-    def __init__(self, c_in, branches):
-        super().__init__()
-        self.branches, self.c_out = [], 0
-        for branch in branches:
-            steps, c = [], c_in                                                # c: channels on the way along the branch
-            for step in branch:
-                if not callable(step):
-                    convs = step if isinstance(step, list) else [step]
-                    for name, *shape in convs:
-                        self.add_module(name, Conv(c, *shape))
-                    step, c = [name for name, *_ in convs], sum(channels for _, channels, *_ in convs)
-                steps.append(step)
-            self.branches.append(steps)
-            self.c_out += c
-
-    def forward(self, x):
-        outputs = []
-        for steps in self.branches:
-            y = x
-            for step in steps:
-                y = step(y) if callable(step) else torch.cat([getattr(self, name)(y) for name in step], 1)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
-
-
-def resize_tensorflow1(x, size):
-    """Bilinear, source coordinate = i * in / out without the half pixel, no antialiasing. (B, C, H, W) float -> (B, C, size, size)."""
-    def neighbours(n):
-        at = torch.arange(size, dtype=x.dtype, device=x.device) * (n / size)   # float32, like the original: the last bits count here
-        low = at.long()
-        return low, (low + 1).clamp(max=n - 1), at - low
-    low, high, share = neighbours(x.shape[3])
-    x = x[..., low] * (1 - share) + x[..., high] * share                       # (B, C, H, size)
-    low, high, share = neighbours(x.shape[2])
-    return x[:, :, low] * (1 - share[:, None]) + x[:, :, high] * share[:, None]
-
-
-class Inception(nn.Module):
-    """The feature network of FID and of the Inception Score, eval mode only.
-
-    forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). The two paths are not interchangeable:
-    path "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
-         "legacy"        TensorFlow 1's resize and scaling, logits without bias: torch-fidelity, DiMO and the ADM references
-    """
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, stride=2), Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padding=0)
-        c = 192
-        for name, branches in BLOCKS.items():
-            self.add_module(name, Block(c, branches))
-            c = getattr(self, name).c_out
-        self.fc = nn.Linear(c, 1008)
-
-    @torch.no_grad()
-    def forward(self, images, path="pytorch-fid"):
-        if images.dtype != torch.uint8:
-            raise ValueError(f"Inception wants uint8 images: rounding to 8 bits is part of the score; got {images.dtype}")
-        x = images.to(self.fc.weight.device).float()
-        if path == "pytorch-fid":
-            x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
-        elif path == "legacy":
-            x = (resize_tensorflow1(x, 299) - 128) / 128
-        else:
-            raise ValueError(f"path should be 'pytorch-fid' or 'legacy', got {path!r}")
-        x = shrink(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))              # (B, 64, 73, 73)
-        x = shrink(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                  # (B, 192, 35, 35)
-        for name in BLOCKS:
-            x = getattr(self, name)(x)
-        features = x.mean((2, 3))                                              # (B, 2048)
-        return features, F.linear(features, self.fc.weight, self.fc.bias if path == "pytorch-fid" else None)
-
-
-def load_inception(src):
-    """The FID Inception, frozen, from pt_inception-2015-12-05-6726825d.pth (releases of mseitzer/pytorch-fid; torch-fidelity's is equal).
-
-    src: a path or a state dict; keys must match exactly, but num_batches_tracked may be absent. ValueError in one line otherwise.
-    """
-    torch.backends.cudnn.allow_tf32 = False                                    # its 10 bits would move the score
-    model, what = Inception(), "the FID Inception"
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}    # of no use here
-    return load_strictly(model, read_weights(src, what) | counters, source_name(src, what)).requires_grad_(False)
-
-
 # ------------------------------------------------------------------------------------------------ features and references
 def collect(images, extract, batch=50):
     """Run a feature network over many images. -> features (N, D), logits (N, C), float32 arrays.
@@ -344,6 +203,66 @@ def reference(path, extract, batch=50):
     return *statistics(features), features
 
 
+# ------------------------------------------------------------------------------------------------ scenes: an exact scorer
+AREAS = torch.tensor([2.835, 2.822, 1.572, 2.258])                             # of SHAPES at radius 1 (tests measure them)
+TURNS = torch.linspace(-.2, .2, 5)                                             # scenes turn by up to 0.2
+
+
+def scene_objects(image):
+    """What is on a picture of the scenes world, read off its pixels. (3, H, W) uint8 -> list of dict, the clearest object first.
+
+    shape, colour   names of SHAPES and COLOURS         box   left, top, right, bottom pixel
+    fit             0 to 1, how well it covers the shape's drawing of equal centre and area; below 0.7 nothing is an object
+    """
+    x = to_float(image)
+    border = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1)
+    ground = border.median(1).values[:, None, None]                            # (3, 1, 1)
+    palette = torch.tensor(list(COLOURS.values()))
+    regions, n = scipy.ndimage.label((x - ground).abs().amax(0) > 0.35)        # touching objects are one region, and fit no shape
+    covers, found = [], []
+    for k, (rows, columns) in enumerate(scipy.ndimage.find_objects(regions), 1):
+        inside = torch.from_numpy(regions == k)
+        if inside.sum() < 16:                                                  # half of the smallest object
+            continue
+        names = torch.cdist(x[:, inside].T, palette).argmin(1)                 # (pixels,)
+        index = int(names.mode().values)
+        hue = x[:, inside][:, names == index].median(1).values[:, None, None]  # this object's: hues vary
+        cover = (1 - (x - hue).norm(dim=0) / (ground - hue).norm()).clamp(0, 1)                # (H, W), part of each pixel that it fills
+        covers.append(cover * torch.from_numpy(scipy.ndimage.binary_dilation(regions == k)))
+        found.append(dict(shape=None, colour=list(COLOURS)[index], box=(columns.start, rows.start, columns.stop - 1, rows.stop - 1)))
+    if not found:
+        return []
+    cover, n, m = torch.stack(covers), len(found), len(SHAPES) * len(TURNS)    # (n, H, W)
+    area, axis = cover.sum((1, 2)), torch.arange(x.shape[1]) + 0.5
+    centre = torch.stack([(cover * axis).sum((1, 2)), (cover * axis[:, None]).sum((1, 2))], 1) / area[:, None]       # (n, 2) x, y
+    shape = torch.arange(len(SHAPES)).repeat_interleave(len(TURNS))            # (m,)
+    drawn = paint(torch.zeros(n * m, 1, *x.shape[1:]), shape.repeat(n), torch.ones(n * m, 1), centre.repeat_interleave(m, 0),
+                  (area[:, None] / AREAS[shape]).sqrt().flatten(), TURNS.repeat(n * len(SHAPES))).view(n, m, *x.shape[1:])
+    fits = torch.minimum(drawn, cover[:, None]).sum((2, 3)) / torch.maximum(drawn, cover[:, None]).sum((2, 3))       # (n, m)
+    for thing, fit, best in zip(found, *fits.max(1)):
+        thing |= dict(shape=SHAPES[shape[best]], fit=float(fit))
+    return sorted((thing for thing in found if thing["fit"] >= 0.7), key=lambda thing: -thing["fit"])
+
+
+def scene_correct(image, caption):
+    """Does a picture (3, H, W) uint8 show what its caption says? By GenEval's rules: of what is counted there must be just so many; else
+    more things may be there, and the place is that of the clearest ones (`relative_position`)."""
+    wanted, objects = parse_caption(caption), scene_objects(image)
+    groups = [[thing for thing in objects if thing["shape"] == shape and colour in (None, thing["colour"])] for colour, shape in wanted["objects"]]
+    if wanted["tag"] == "counting":
+        return len(groups[0]) == len(groups)
+    return all(groups) and (wanted["relation"] is None or wanted["relation"] in relative_position(groups[0][0]["box"], groups[1][0]["box"]))
+
+
+def scene_scores(images, captions):
+    """Share of the pictures (N, 3, H, W) uint8 that show what their captions say -> dict: one for each tag that occurs, overall (their mean)."""
+    correct = {tag: [] for tag in TAGS}
+    for image, caption in zip(images, captions, strict=True):
+        correct[parse_caption(caption)["tag"]].append(scene_correct(image, caption))
+    shares = {tag: sum(group) / len(group) for tag, group in correct.items() if group}
+    return shares | dict(overall=sum(shares.values()) / len(shares))
+
+
 # ------------------------------------------------------------------------------------------------ the table of a small world
 def spread(images, labels):
     """How much the images of one class differ, read off the pixels of the shapes world. -> dict of four standard deviations.
@@ -370,51 +289,65 @@ def judged(judge, images):
     return collect(images, lambda chunk: judge(to_float(chunk).to(device)), batch=200)
 
 
-def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
-    """The paper's Table 2 in miniature: the teacher in 16 ... 1 steps and the student in one. Writes report.json and report.png.
-
-    run      namespace of cfg, names, tokenizer, teacher, student, judge, step (sample.load_run)
-    real     images (N, 3, H, W) uint8, labels (N,): real images that nothing was trained on
-    n, seed  images per row, classes balanced, and their seed
-    returns  the content of report.json; prints the table
-    """
-    images, labels = real
-    c = torch.arange(n) % len(run.names)
+def judge_metrics(run, images, labels, n):
+    """How images are scored in a world of classes -> function (images (N, 3, H, W) uint8, labels (N,)) -> a row's numbers."""
     real_features, _ = judged(run.judge, images)
     real_statistics, real_spread = statistics(real_features), spread(images, labels)
-    rows, shown, examples = [], [], shown_classes(run.cfg, len(run.names))
-    def measure(name, step_count, fake, label, ms):
+
+    def metrics(fake, label):
         features, logits = judged(run.judge, fake)
-        precision, recall = precision_recall(real_features[:n], features)
-        row = dict(model=name, steps=step_count, fd=frechet_distance(*real_statistics, *statistics(features)))
+        row = dict(fd=frechet_distance(*real_statistics, *statistics(features)))
         if len(fake) >= 10:                                                    # a folder may have fewer real ones for 10 splits
             row["inception_score"] = inception_score(logits)[0]
-        row |= dict(precision=precision, recall=recall, accuracy=float((logits.argmax(1) == label.numpy()).mean()))
+        row["precision"], row["recall"] = precision_recall(real_features[:n], features)
+        row["accuracy"] = float((logits.argmax(1) == label.numpy()).mean())
         if run.cfg.dataset == "shapes":                                        # whose pixels `spread` can read
             spreads = {k: v / real_spread[k] for k, v in spread(fake, label).items()}
             row |= dict(spread=sum(spreads.values()) / 4, spreads=spreads)
-        rows.append(row | dict(ms_per_image=ms))
-        firsts = [int((label == k).float().argmax()) for k in examples]        # the first image of each class that is shown
-        shown.append((f"{name} {step_count or ''}  FD {rows[-1]['fd']:.1f}", fake[firsts]))
+        return row
+    return metrics
+
+
+def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
+    """The paper's Table 2 in miniature, or Table 1's with captions: the teacher in 16 ... 1 steps and the student in one.
+
+    run      namespace of cfg, names, tokenizer, teacher, student, judge, text, step (sample.load_run)
+    real     images (N, 3, H, W) uint8, labels (N,) or captions (list of N str): real ones that nothing was trained on
+    n, seed  images per row, classes or kinds of captions balanced, and their seed
+    returns  the content of report.json; prints the table and writes report.json and report.png
+    """
+    images, told = real
+    asked = told[:n] if run.text else torch.arange(n) % len(run.names)
+    c = run.text.encode(asked) if run.text else asked
+    metrics = scene_scores if run.text else judge_metrics(run, images, told, n)
+    rows, pictures, (examples, captions) = [], [], shown(run)
+
+    def measure(name, step_count, fake, what, ms):
+        rows.append(dict(model=name, steps=step_count) | metrics(fake, what) | dict(ms_per_image=ms))
+        firsts = range(len(captions)) if run.text else [int((what == k).float().argmax()) for k in examples]   # the first image of each class
+        score = f"{100 * rows[-1]['overall']:.0f} %" if run.text else f"FD {rows[-1]['fd']:.1f}"
+        pictures.append((f"{name} {step_count or ''}  {score}", fake[list(firsts)]))
     with torch.no_grad():
         x = to_float(images[:n]).to(run.tokenizer.E.device)
         decoded = torch.cat([run.tokenizer.decode(run.tokenizer.E[run.tokenizer.encode(part)]) for part in x.split(60)])
-    measure("real", None, images[-n:], labels[-n:], None)                      # the floor: other real images, as many as each row has
-    measure("round trip", None, to_uint8(decoded).cpu(), labels[:n], None)     # what the tokenizer alone costs
+    floor = slice(n) if run.text else slice(-n, None)                          # other real images than those that each row is compared with
+    measure("real", None, images[floor], told[floor], None)
+    measure("round trip", None, to_uint8(decoded).cpu(), told[:n], None)       # what the tokenizer alone costs
     for name, model, step_count in [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)]:
         generate(model, run.tokenizer, c[:min(60, n // 4)], run.cfg, step_count, seed)      # warm-up, not timed
         begin = time.perf_counter()
         fake = generate(model, run.tokenizer, c, run.cfg, step_count, seed, progress=f"{name} {step_count or 1}")
-        measure(name, step_count or 1, fake, c, 1000 * (time.perf_counter() - begin) / n)
+        measure(name, step_count or 1, fake, asked, 1000 * (time.perf_counter() - begin) / n)
+    scored_by = dict(scorer="exact, from the pixels (evaluate.scene_objects)") if run.text else dict(
+        reference=f"{len(images)} real images not trained on", features="the judge's (not the FID Inception's), 96 wide",
+        spread="standard deviation within a class of ground, size, x, y, relative to real images")
     protocol = dict(dataset=run.cfg.dataset, images=n, seed=seed, labels="balanced", student_steps=run.step, guidance=run.cfg.guidance,
                     confidence_noise=run.cfg.confidence_noise, init_mask=run.cfg.init_mask, draft_temperature=run.cfg.draft_temperature,
-                    reference=f"{len(images)} real images not trained on", features="the judge's (not the FID Inception's), 96 wide",
-                    spread="standard deviation within a class of ground, size, x, y, relative to real images", batch=60,
-                    device=str(run.tokenizer.E.device), versions=dict(torch=torch.__version__, numpy=np.__version__))
+                    **scored_by, batch=60, device=str(run.tokenizer.E.device), versions=dict(torch=torch.__version__, numpy=np.__version__))
     content = dict(protocol=protocol, rows=rows)
     folder = Path(folder)
     (folder / "report.json").write_text(json.dumps(content, indent=1))
-    sheet(shown, [run.names[i] for i in examples]).save(folder / "report.png")
+    sheet(pictures, captions).save(folder / "report.png")
     print(table(content))
     return content
 
@@ -426,12 +359,17 @@ def cell(row, key, width, digits=2):
 
 def table(content):
     """report.json's content -> text."""
-    p = content["protocol"]
-    lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, FD in features of the judge, reference {p['reference']}",
-             f"{'model':<11}{'steps':>6}{'FD':>9}{'IS':>7}{'prec.':>7}{'recall':>8}{'acc.':>7}{'spread':>8}{'ms/image':>10}"]
-    columns = dict(fd=9, inception_score=7, precision=7, recall=8, accuracy=7, spread=8, ms_per_image=10)
-    lines += [f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())
-              for row in content["rows"]]
+    p, rows = content["protocol"], content["rows"]
+    if "scorer" in p:
+        lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, share of images that show what the caption says"]
+        columns = {tag: len(tag) + 2 for tag in (*TAGS, "overall")} | dict(ms_per_image=10)
+        heads = "".join(f"{tag:>{width}}" for tag, width in columns.items() if tag != "ms_per_image")
+    else:
+        lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, FD in features of the judge, reference {p['reference']}"]
+        columns = dict(fd=9, inception_score=7, precision=7, recall=8, accuracy=7, spread=8, ms_per_image=10)
+        heads = f"{'FD':>9}{'IS':>7}{'prec.':>7}{'recall':>8}{'acc.':>7}{'spread':>8}"
+    lines += [f"{'model':<11}{'steps':>6}{heads}{'ms/image':>10}"]
+    lines += [(f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())).rstrip() for row in rows]
     return "\n".join(lines)
 
 
@@ -475,16 +413,16 @@ def timed(images, spent):
 
 def rows_of_models(run, target, extract, steps, n, seed, batch):
     """A row for the teacher in each of `steps` and one for the student, and their pictures: images go straight into features."""
-    rows, shown, labels = [], [], torch.arange(n) % len(run.names)             # every class equally often
+    rows, pictures, labels = [], [], torch.arange(n) % len(run.names)             # every class equally often
     models = [("teacher", run.teacher, T) for T in steps] + ([("student", run.student, 0)] if run.student else [])
     for name, model, step_count in models:
         spent = []
-        examples = generate(model, run.tokenizer, shown_classes(run.cfg, len(run.names)), run.cfg, step_count, seed)   # a warm-up, too
+        examples = generate(model, run.tokenizer, shown(run)[0], run.cfg, step_count, seed)             # a warm-up, too
         images = batches(model, run.tokenizer, labels, run.cfg, step_count, seed, batch, progress=f"{name} {step_count or 1}")
         row = dict(model=name, steps=step_count or 1, **scores(*collect(timed(images, spent), extract), target))
         rows.append(row | dict(ms_per_image=1000 * sum(spent) / n))
-        shown.append((f"{name} {row['steps']}  FID {row['fid']:.1f}", examples))
-    return rows, shown
+        pictures.append((f"{name} {row['steps']}  FID {row['fid']:.1f}", examples))
+    return rows, pictures
 
 
 def official_report(args, run, folder, device):
@@ -526,13 +464,13 @@ def official_report(args, run, folder, device):
     if warnings:
         protocol["warning"] = "; ".join(warnings)
     if args.folder:
-        rows, shown = [dict(model="folder", steps=None, **scores(*collect(files, extract, args.batch), target))], []
+        rows, pictures = [dict(model="folder", steps=None, **scores(*collect(files, extract, args.batch), target))], []
     else:
-        rows, shown = rows_of_models(run, target, extract, args.steps, args.images, args.seed, args.batch)
+        rows, pictures = rows_of_models(run, target, extract, args.steps, args.images, args.seed, args.batch)
     content = dict(protocol=protocol, rows=rows)
     (Path(folder) / "report.json").write_text(json.dumps(content, indent=1))
-    if shown:
-        sheet(shown, [run.names[i] for i in shown_classes(run.cfg, len(run.names))]).save(Path(folder) / "report.png")
+    if pictures:
+        sheet(pictures, shown(run)[1]).save(Path(folder) / "report.png")
     print(official_table(content))
     return content
 
@@ -547,7 +485,221 @@ def official_table(content):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------ GenEval (Ghosh et al. 2023; Table 1)
+# 553 captions, each with the objects, counts, colours and places that its images must show, and the rules of the official scorer. Its
+# detector, Mask2Former Swin-S with CLIP ViT-L/14 for the colours, is not here: the user's own plugs in as a file (`read_detections`).
+OBJECT_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+SAMPLE = re.compile(r"(?:^|/)(\d+)/samples/(\d+)\.png$")                       # number of the prompt, number of the image
+
+
+def read_jsonl(path, what, fits):
+    """A file of JSON objects, one a line, each of which `fits` -> list of dicts. ValueError names the line that is not `what`."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    objects = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="backslashreplace").rstrip().split("\n"), 1):
+        try:
+            objects.append(json.loads(line))
+            good = fits(objects[-1])
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number} has no {error}") from error
+        except (ValueError, TypeError, AttributeError):                        # not JSON, or a value of another type than expected
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {number} is not {what}: {line[:100]!r}")
+    return objects
+
+
+def read_prompts(path):
+    """evaluation_metadata.jsonl of https://github.com/djghosh13/geneval, or a file like it -> list of dicts.
+
+    {"tag", "prompt": caption, "include": [{"class", "count"}, ...], "exclude": [{"class", "count"}, ...]}: an image must meet every clause
+    of include, which may have a "color" and a "position" [relation, index of an earlier clause], and none of exclude, which may be absent.
+    """
+    def fits(prompt):
+        tag, include, caption, exclude = prompt["tag"], prompt["include"], prompt["prompt"], prompt.get("exclude", [])
+        places = [(i, *clause["position"]) for i, clause in enumerate(include) if "position" in clause]
+        return (tag in TAGS and isinstance(caption, str) and include and all(clause.get("color", "red") in OBJECT_COLORS for clause in include)
+                and all(isinstance(clause["class"], str) and clause["count"] >= 1 for clause in include + exclude)
+                and all(relation in RELATIONS and 0 <= target < i for i, relation, target in places))
+    return read_jsonl(path, "a prompt of GenEval", fits)
+
+
+def read_detections(path):
+    """One line for each image, also where nothing was seen (an empty list) -> list of dicts.
+
+    {"image": "00000/samples/0000.png", "detections": [{"class": "dog", "box": [x0, y0, x1, y1], "confidence": 0.9, "color": "red"}, ...]}
+    image        its path, of which the last three parts count       box     left, top, right, bottom in pixels, y downwards
+    class        as the prompts spell it: COCO's names, but "computer mouse", "computer keyboard", "tv remote"
+    confidence   in [0, 1], all objects above 0.3                    color   one of OBJECT_COLORS; only needed where a prompt asks for one
+    """
+    def fits(line):
+        return SAMPLE.search(line["image"]) and all(
+            isinstance(d["class"], str) and len(d["box"]) == 4 and np.isfinite(d["box"]).all() and d["box"][0] <= d["box"][2]
+            and d["box"][1] <= d["box"][3] and 0 <= d["confidence"] <= 1 and d.get("color") in (None, *OBJECT_COLORS)
+            for d in line["detections"])
+    return read_jsonl(path, "an image with its detections", fits)
+
+
+def iou(a, b):
+    """Intersection over union of two boxes x0, y0, x1, y1 that include their last pixel."""
+    def area(x0, y0, x1, y1):
+        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
+    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return both / (area(*a) + area(*b) - both)
+
+
+def relative_position(a, b):
+    """Where box a is, seen from box b -> those of RELATIONS that hold: none, one or two."""
+    a, b = (np.asarray(box, dtype=np.float64).reshape(2, 2) for box in (a, b))                 # (corner, axis)
+    offset = a.mean(0) - b.mean(0)                                             # of the centres
+    beyond = np.sign(offset) * (abs(offset) - 0.1 * (a[1] - a[0] + b[1] - b[0])).clip(0)
+    if (abs(beyond) < 1e-3).all():
+        return []
+    dx, dy = beyond / np.linalg.norm(offset)                                   # norm of the whole offset: near boxes reach 0.5 nowhere
+    return [relation for relation, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if holds]
+
+
+def kept_objects(detections, tag, max_overlap=1.0):
+    """Detections of an image -> {class: those that count, the most confident first}.
+
+    max_overlap   an object whose IoU with a more confident one of its class is as large is dropped; at the official 1.0 none is
+    """
+    threshold, kept = 0.9 if tag == "counting" else 0.3, {}
+    found = sorted((d for d in detections if d["confidence"] > threshold), key=lambda d: d["confidence"])
+    for d in found[::-1]:                                                      # of equal ones the later first, as official
+        same = kept.setdefault(d["class"], [])
+        if len(same) < 16 and (max_overlap == 1 or all(iou(d["box"], other["box"]) < max_overlap for other in same)):
+            same.append(d)
+    return kept
+
+
+def verdict(objects, prompt):
+    """Do an image's objects, as of `kept_objects`, show what the prompt asks for? -> bool, and the official words for what is wrong."""
+    reasons, groups = [], []                                                   # groups: the objects of each clause, None where it fails
+    for clause in prompt["include"]:
+        name, count, color = clause["class"], clause["count"], clause.get("color")
+        relation, target = clause.get("position", (None, None))
+        found, fault = objects.get(name, [])[:count], None                     # colour and place of the most confident ones alone
+        colors = [d.get("color") for d in found]
+        if len(found) < count:
+            fault = f"expected {name}>={count}, found {len(found)}"
+        elif color and None in colors:
+            raise ValueError(f"a {name} was detected without a color, but {prompt['prompt']!r} asks for one")
+        elif color and colors.count(color) < count:
+            seen = ", ".join(f"{colors.count(c)} {c}" for c in OBJECT_COLORS if c in colors)
+            fault = f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {seen}"
+        elif relation and groups[target] is None:
+            fault = f"no target for {name} to be {relation}"
+        elif relation:                                                         # of every object to every target
+            places = [relative_position(d["box"], other["box"]) for d in found for other in groups[target]]
+            wrong = [" and ".join(place) for place in places if relation not in place]
+            fault = f"expected {name} {relation} target, found {wrong[0]} target" if wrong else None
+        groups.append(None if fault else found)
+        reasons += [fault] if fault else []
+    for clause in prompt.get("exclude", []):
+        found = objects.get(clause["class"], [])
+        if len(found) >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
+    return not reasons, "\n".join(reasons)
+
+
+def geneval_scores(detections, prompts, max_overlap=1.0):
+    """The official rules on two files, of `read_detections` and of `read_prompts`. max_overlap: see `kept_objects`.
+
+    returns   {tag: share of correct images, ..., "overall": mean of these shares, "images": how many, "prompts": how many}
+    ValueError unless every prompt has the same number of images and every image one line: without the empty ones the score would rise
+    """
+    prompts, results = read_prompts(prompts), {}                               # results: (prompt, number) -> correct?
+    for line in read_detections(detections):
+        image = index, _ = tuple(int(part) for part in SAMPLE.search(line["image"]).groups())
+        if index >= len(prompts) or image in results:
+            raise ValueError(f"{detections}: {line['image']} has {'a second line' if image in results else 'no prompt'}")
+        results[image], _ = verdict(kept_objects(line["detections"], prompts[index]["tag"], max_overlap), prompts[index])
+    n = 1 + max(number for _, number in results)
+    missing = [f"{i:05d}/samples/{j:04d}.png" for i in range(len(prompts)) for j in range(n) if (i, j) not in results]
+    if missing:
+        raise ValueError(f"{detections} has no line for {len(missing)} images, such as {missing[0]}; one without detections needs a line, too")
+    groups = {tag: [correct for (index, _), correct in results.items() if prompts[index]["tag"] == tag] for tag in TAGS}
+    shares = {tag: sum(group) / len(group) for tag, group in groups.items() if group}
+    return shares | dict(overall=sum(shares.values()) / len(shares), images=len(results), prompts=len(prompts))
+
+
+def geneval_table(scores, detector):
+    """`geneval_scores` -> text. It names what made the detections: with any but the official detector they are not a model's GenEval."""
+    columns = {tag: len(tag) + 2 for tag in (*TAGS, "overall")}
+    return "\n".join([f"GenEval rules, detections by {detector}: {scores['images']} images of {scores['prompts']} prompts",
+                      "".join(f"{tag:>{width}}" for tag, width in columns.items()), "".join(cell(scores, *column) for column in columns.items())])
+
+
+def geneval_images(prompts_file, out, make, n=4):
+    """The images of every prompt, in the folders that the official scorer reads. Those that are there are not made again.
+
+    OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
+    make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
+              from the seed and these two numbers alone, whichever others are wanted with it
+    """
+    def write(path, save):                                                     # whole or not at all
+        part = path.with_name("." + path.name)                                 # the official scorer takes 0000.png.part for an image
+        save(part)
+        os.replace(part, path)
+    def is_complete(path):
+        try:
+            return read_png(path) is not None
+        except (ValueError, SyntaxError):                                      # the latter is PIL's for some damages
+            return False
+    prompts = read_prompts(prompts_file)
+    folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
+    for folder, prompt in zip(folders, prompts):                               # all of them before the first image
+        path, text = folder / "metadata.jsonl", json.dumps(prompt)
+        if path.exists() and path.read_text() != text:
+            raise ValueError(f"{path} has another prompt than {prompts_file}: {out} was made for another file")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write(path, lambda part: part.write_text(text))
+    for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
+        files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
+        wanted = [i for i in range(n) if not is_complete(files[i])]
+        if wanted:
+            images = make(prompt["prompt"], wanted, index)
+            assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
+            for i, image in zip(wanted, images):
+                write(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
+
+
 # ------------------------------------------------------------------------------------------------ the command
+def geneval(args):
+    """--geneval: the images of all prompts, or with --detections their scores."""
+    if not args.prompts:
+        raise ValueError("--geneval needs --prompts FILE: evaluation_metadata.jsonl of https://github.com/djghosh13/geneval")
+    if args.detections:
+        print(geneval_table(geneval_scores(args.detections, args.prompts), args.detector))
+        return
+    if args.seed < 0:
+        raise ValueError(f"--seed should not be negative, got {args.seed}")
+    if args.steps is not None and (len(args.steps) != 1 or args.steps[0] < 1):
+        raise ValueError(f"--geneval draws with one model: the student, or the teacher in the one number of --steps, got {args.steps}")
+    read_prompts(args.prompts)                                                 # now, not after the networks are loaded
+    steps = args.steps[0] if args.steps else 0
+    args.run = args.run or (None if args.student or args.dataset else newest_run())
+    run = load_models(args, "cuda" if torch.cuda.is_available() else "cpu", student=not steps, teacher=steps > 0)
+    model = run.teacher if steps else run.student
+    if run.text is None or model is None:
+        raise ValueError("--geneval needs a run with captions" if run.text is None else "--dataset laion alone is the teacher: add --steps 16")
+    if steps > model.L:
+        raise ValueError(f"--steps should be between 1 and {model.L}, got {steps}")
+    device = run.tokenizer.E.device
+
+    def make(caption, numbers, index):
+        c = run.text.encode([caption] * len(numbers)).to(device)
+        z = tokens(model, c, [g for i in numbers for g in generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
+        return to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
+    out = args.out or f"{args.run or '.'}/geneval"
+    with torch.no_grad():
+        geneval_images(args.prompts, out, make)
+    print(f"{out}: 4 images of each prompt | {f'teacher, {steps} steps' if steps else 'student, 1 step'} | seed {args.seed} | next: a detector's "
+          "findings, then evaluate.py --geneval --prompts FILE --detections FILE")
+
+
 def main():
     parser = Parser(description="The table of a run: the teacher in 16 ... 1 steps, the student in 1. imagenet: FID against --reference.")
     parser.add_argument("--images", type=int, help="images per row; 960, with --reference 50000, if not given")
@@ -558,8 +710,16 @@ def main():
     parser.add_argument("--folder", help="with --reference: score the PNGs of this folder in place of a run")
     parser.add_argument("--inception-weights", metavar="FILE", help=f"{INCEPTION}, else looked for in weights/")
     parser.add_argument("--inception-path", choices=["pytorch-fid", "legacy"], default="pytorch-fid", help="how images are resized and scaled")
+    parser.add_argument("--geneval", action="store_true", help="with --prompts: 4 images of each prompt into --out, by the student, or by the "
+                        "teacher in --steps N; with --detections as well: score them by GenEval's rules")
+    parser.add_argument("--prompts", metavar="FILE", help="GenEval's evaluation_metadata.jsonl")
+    parser.add_argument("--out", metavar="DIR", help="where --geneval puts the images; RUN/geneval if not given")
+    parser.add_argument("--detections", metavar="FILE", help="what a detector saw on the images, see `read_detections`")
+    parser.add_argument("--detector", default="an unnamed detector", help="its name, for the table")
     model_arguments(parser)
     args = parser.parse_args()
+    if args.geneval:
+        return geneval(args)
     args.images = args.images if args.images is not None else 50_000 if args.reference else 960
     args.steps = args.steps if args.steps is not None else (16, 8, 4, 2) if args.reference else (16, 8, 4, 2, 1)
     least = 10 if args.reference else 48
@@ -577,6 +737,8 @@ def main():
         raise ValueError("nothing to score: --dataset imagenet alone is the public teacher, and --steps names none of its rows")
     if any(not 1 <= T <= run.tokenizer.L for T in args.steps):
         raise ValueError(f"--steps should be between 1 and {run.tokenizer.L}, got {args.steps}")
+    if run.cfg.dataset == "laion":
+        raise ValueError("laion has no reference to compare with: --geneval --prompts FILE makes the images that GenEval scores")
     if run.cfg.dataset == "imagenet" and not args.reference:
         raise ValueError("imagenet needs --reference FILE: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
     if run.cfg.dataset != "imagenet" and args.reference:

@@ -14,6 +14,7 @@ The student is right when its drafts have the distribution of their own refineme
 import math
 
 import torch
+import torch.nn.functional as F
 
 from drift import drift_loss
 
@@ -84,22 +85,12 @@ def guided_logits(model, z, c, s, **kind):
 
 
 @torch.no_grad()
-def refine(teacher, z_masked, c, s, generator, steps=1):
-    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L). Visible tokens stay. -> z_ref (B, L).
+def refine(teacher, z_masked, c, s, generator):
+    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L) in one pass. Visible tokens stay. -> z_ref (B, L).
 
     Every hidden position is sampled, not maximised: Eq. 3 speaks of distributions.
-    steps > 1 (ours, not the paper's) reveals them in as many random portions, few at first, each given what was shown before.
     """
-    z, mask_id = z_masked.clone(), teacher.K
-    hidden = (z == mask_id).sum(1)                                               # (B,)
-    for i in range(steps):
-        filled = torch.where(z == mask_id, draw(guided_logits(teacher, z, c, s), 1.0, generator), z)
-        if i == steps - 1:
-            return filled
-        keep = (hidden * (1 - math.cos((i + 1) / steps * math.pi / 2))).round()  # revealed after this step: few at first (cosine)
-        if i == 0:                                                               # a random order of the hidden positions, for all passes
-            rank = torch.where(z_masked == mask_id, uniform(z.shape, generator, z.device), 2.0).argsort(1).argsort(1)
-        z = torch.where(rank < keep[:, None], filled, z)
+    return torch.where(z_masked == teacher.K, draw(guided_logits(teacher, z_masked, c, s), 1.0, generator), z_masked)
 
 
 def reveal_counts(L, steps, schedule="arccos"):
@@ -145,6 +136,47 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, sche
     return z.clamp(max=K - 1)                                                    # only a replay can hold the mask id
 
 
+def remask_counts(L, steps):
+    """How many of L tokens the official MaskGen sampler hides again after each step -> list of `steps` ints, falling to 0 in the last."""
+    if not 1 <= steps <= L:
+        raise ValueError(f"steps must be between 1 and the {L} tokens of an image, got {steps}")
+    counts = [L]                                                                 # before the first step
+    for ratio in mask_ratio(torch.arange(1, steps) / steps).tolist():
+        counts.append(max(1, min(counts[-1] - 1, math.floor(L * ratio))))        # at least one is revealed, and one left for the next step
+    return counts[1:] + [0]
+
+
+@torch.no_grad()
+def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine"):
+    """The official MaskGen sampler: T steps of "predict all, hide the least confident again" (Sec. 3.1). -> z (B, L), codes only.
+
+    teacher      any of our MaskGen; c (B, rows, W) text; generator: as everywhere, one or one per image
+    s            guidance of the last step. It ramps up from 2 (from s if that is less), along half a "cosine" wave or "linear". Officially one
+                 less, since they write c + g (c - u): their guidance_scale 12 is our 13, and their ramp from 1 is ours from 2
+    noise        Gumbel noise on the choice of a token and on the confidence, falls linearly to 0: the last step takes the likeliest tokens
+    """
+    ramps = {"cosine": lambda t: (1 - math.cos(math.pi * t)) / 2, "linear": lambda t: t}
+    if ramp not in ramps:
+        raise ValueError(f"unknown ramp {ramp!r}; there are {', '.join(ramps)}")
+    B, L, K = len(c), teacher.L, teacher.K
+    z = torch.full((B, L), K, device=c.device)                                   # all hidden: z_T of Sec. 3.1
+    for i, count in enumerate(remask_counts(L, steps)):
+        t = (i + 1) / steps                                                      # never 0; a single step has guidance s, and no noise
+        weight = min(2, s) + (s - min(2, s)) * ramps[ramp](t)
+        logits = guided_logits(teacher, z, c, weight) / (0.5 + 0.8 * (1 - t))    # (B, L, K), sharper from step to step
+        tokens = (logits + noise * (1 - t) * gumbel(logits.shape, generator, c.device)).argmax(-1)
+        confidence = logits.gather(-1, tokens[..., None])[..., 0] + noise * (1 - t) * gumbel((B, L), generator, c.device)
+        confidence = torch.where(z == K, confidence, math.inf)                   # what is fixed is never revisited
+        z = torch.where(z == K, tokens, z)
+        z.scatter_(1, confidence.topk(count, dim=1, largest=False).indices, K)
+    return z
+
+
+def sample_teacher(teacher, c, steps, generator, s, noise):
+    """The teacher's own sampler: `sample_maskgen` for MaskGen, which has an empty caption, `sample` for MaskGIT. -> z (B, L)"""
+    return (sample_maskgen if hasattr(teacher, "empty") else sample)(teacher, c, steps, generator, s=s, noise=noise)
+
+
 # ------------------------------------------------------------------------------------------------ the student
 def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """Hard codes forward, soft gradients backward (Eq. 8).
@@ -177,28 +209,30 @@ def per_class_groups(X, n):
 def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
-    student, teacher  MaskGIT (B, L), (B,) -> (B, L, K); the teacher is frozen
-    lift              e (B, L, d) -> list of X (B, F, D): decoder, then Phi, one X per block (Sec. 3.3)
-    E (K, d)          the tokenizer's codebook;   c (B,) condition, in runs of cfg.per_class equal ones
-    returns           loss (), logs (dict of 0-dim tensors)
+    student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
+    lift              of train.Lift: .decode(e (B, L, d), c) -> images, .features(images) -> list of X (B, F, D), one per block (Sec. 3.3)
+    E (K, d)          the tokenizer's codebook;   c (B, ...) condition, labels or text, in runs of cfg.per_class equal ones
+    returns           loss (), logs (dict of 0-dim tensors), images (B, 3, H, W): the decoded drafts, through which all of the gradient passes
     """
     B, K, device = len(c), student.K, c.device
     # draft (Eq. 4): one pass over an almost hidden canvas
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, device)      # (B, L)
     logits = student(z_init, c)                                                  # (B, L, K)
     z_hat, e = straight_through(logits, E, generator, cfg.draft_temperature, cfg.estimator == "soft")
-    # refinement (Eq. 5): hide part of the draft, let the frozen teacher fill it in once
+    # refinement (Eq. 5): hide part of the draft, let the frozen teacher fill it in
     with torch.no_grad():
         r = sample_ratio(B, cfg.remask_min, cfg.remask_max, generator, device)   # (B,), r ~ pi
         far, near = uniform((B,), generator, device).argsort().tensor_split([round(cfg.far * B)])    # ours: a share of drafts with r = 1
         r[far] = 1.0
-        z_masked, is_masked = remask(z_hat, r, K, generator)                     # M_r
+        source = z_hat if cfg.draft == "student" else init_tokens(B, student.L, K, 0, generator, device)    # Table 3b: random tokens
+        z_masked, is_masked = remask(source, r, K, generator)                    # M_r
         z_ref = torch.empty_like(z_hat)
         z_ref[near] = refine(teacher, z_masked[near], c[near], cfg.teacher_cfg, generator)   # T_phi^r, (B, L)
         if len(far):                                                             # from nothing, one pass would be junk
-            z_ref[far] = refine(teacher, z_masked[far], c[far], cfg.teacher_cfg, generator, cfg.refine_steps)
-        Y = lift(E[z_ref])                                                       # targets are constants
-    X = lift(e)
+            z_ref[far] = sample_teacher(teacher, c[far], cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+        Y = lift.features(lift.decode(E[z_ref], c))                              # targets are constants
+    images = lift.decode(e, c)
+    X = lift.features(images)
     # lifted drift (Eq. 6, 7), one term per block
     loss, logs, n = 0.0, {}, cfg.per_class
     # a refinement is a draft's own to the extent that it was visible, 1 - r
@@ -214,4 +248,97 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         logs["entropy"] = -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
         logs["codes_used"] = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
         logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()       # share of hidden tokens that the teacher replaced
-    return loss, logs
+    return loss, logs, images
+
+
+# ------------------------------------------------------------------------------------------------ the GAN (Sec. 3.4), optional
+def diff_augment(images, generator):
+    """DiffAugment (Zhao et al. 2020): colour, translation, cutout, drawn per image. The gradient passes. (B, 3, H, W) -> the same shape.
+
+    The discriminator sees real images and drafts only so: a small set of real ones cannot be learned by heart. Ours are in [-1, 1] here;
+    officially each network's input normalisation comes first, which makes the colours that DeiT sees vary half as much.
+    """
+    B, C, H, W = images.shape
+    u = uniform((B, 7), generator, images.device)
+    brightness, saturation, contrast = u[:, :3, None, None, None].unbind(1)      # (B, 1, 1, 1) each
+    x = images + brightness - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = grey + 2 * saturation * (x - grey)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (0.5 + contrast) * (x - mean)
+    source, outside, in_hole = [], [], []
+    for size, shift, centre in ((H, u[:, 3:4], u[:, 5:6]), (W, u[:, 4:5], u[:, 6:7])):      # all (B, size) below
+        most, hole, at = int(size / 8 + 0.5), int(size / 5 + 0.5), torch.arange(size, device=images.device)
+        moved = at + (shift * (2 * most + 1)).long() - most                      # up to an eighth of the side, either way
+        start = (centre * (size + 1 - hole % 2)).long() - hole // 2              # a fifth of the side; at the border it is cut off
+        source.append(moved.clamp(0, size - 1))
+        outside.append(moved != source[-1])
+        in_hole.append((at >= start) & (at < start + hole))
+    x = x.gather(2, source[0][:, None, :, None].expand(B, C, H, W)).gather(3, source[1][:, None, None].expand(B, C, H, W))
+    empty = outside[0][:, :, None] | outside[1][:, None] | (in_hole[0][:, :, None] & in_hole[1][:, None])
+    return x.masked_fill(empty[:, None], 0.0)
+
+
+def blur_sigma(seen, image_size=256, fade=300_000):
+    """Width of the blur, in pixels, once the discriminator has seen so many images: it falls to 0, so that shapes come before texture.
+
+    Officially from 2 pixels of 256; images of 32 pixels are as good as unblurred from the beginning.
+    """
+    return 2.0 * image_size / 256 * max(0.0, 1 - seen / fade)
+
+
+def blur(images, sigma):
+    """Images (B, 3, H, W) blurred with the kernel 2^-(x / sigma)^2, cut off at floor(3 sigma) pixels; zeros beyond the border."""
+    radius = math.floor(3 * sigma)
+    if radius < 1:
+        return images
+    kernel = torch.exp2(-(torch.arange(-radius, radius + 1, device=images.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(images.dtype).expand(3, 1, -1)           # (3, 1, 2 radius + 1), per colour
+    images = F.conv2d(images, kernel[..., None], padding=(radius, 0), groups=3)
+    return F.conv2d(images, kernel[:, :, None], padding=(0, radius), groups=3)
+
+
+def gan_logits(discriminator, images, generator, sigma=0.0):
+    """What the discriminator says to images (B, 3, H, W), real or drafts, as in training. -> list of (B, n), one per feature network.
+
+    Real images and drafts in two calls: each has its own batch statistics. sigma: `blur_sigma`
+    """
+    return discriminator(blur(images, sigma), lambda x: diff_augment(x, generator))
+
+
+def row_mean(logits, f):
+    """Mean over images and feature networks of each row's mean of f: the networks count alike, however many logits they have. -> ()"""
+    return torch.stack([f(x.float()).mean() for x in logits]).mean()
+
+
+def gan_loss(fake):
+    """L_gan of the student (Sec. 3.4, hinge): high logits for its drafts. fake: list of (B, n) -> ()
+
+    The official loss is the sum over images and networks, so `len(fake) * B` times this one (also below): lambda would depend on B.
+    """
+    return row_mean(fake, lambda x: -x)
+
+
+def discriminator_loss(real, fake):
+    """Hinge loss of the discriminator: real logits above 1, the drafts' below -1. Two lists of (B, n) -> ()"""
+    return row_mean(real, lambda x: F.relu(1 - x)) + row_mean(fake, lambda x: F.relu(1 + x))
+
+
+def gan_step(discriminator, opt, images, real, seen, generator):
+    """One step of the discriminator on drafts and real images (B, 3, H, W), then what it tells the student.
+
+    opt      the discriminator's optimiser;   seen: how many drafts it has seen before
+    returns  d L_gan / d images (B, 3, H, W), logs: logits of real images and drafts, and the discriminator's loss
+    """
+    sigma, drafts = blur_sigma(seen, images.shape[-1]), images.detach()
+    discriminator.train().requires_grad_(True)
+    on_real, on_drafts = (gan_logits(discriminator, x, generator, sigma) for x in (real, drafts))
+    loss = discriminator_loss(on_real, on_drafts)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    discriminator.requires_grad_(False)
+    drafts.requires_grad_(True)
+    gradient, = torch.autograd.grad(gan_loss(gan_logits(discriminator, drafts, generator, sigma)), drafts)
+    logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x), gan_loss=loss)
+    return gradient, {key: value.detach() for key, value in logs.items()}

@@ -2,6 +2,7 @@
 
     python sample.py --class 207                                           the student of the newest run, one step, a grid as PNG
     python sample.py --class "red circle" --n 64
+    python sample.py --prompt "two red circles"                            of a run with captions: scenes, laion
     python sample.py --class 207 --teacher --steps 16                      the teacher of the newest run, or the public one if there is no run
     python sample.py --class 207 --teacher --steps 8 --dataset imagenet    the public one in any case
     python sample.py --class 207 --student pytorch_model.bin --init-mask 0.6       a MaskGIT student of others (Di[M]O), no run needed
@@ -12,6 +13,7 @@ train.py draws its sample sheets and evaluate.py its thousands of images with th
 import argparse
 import copy
 import sys
+import textwrap
 import types
 from functools import partial
 from pathlib import Path
@@ -21,15 +23,24 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import fpd
-from models import ConvNet, MaskGIT, import_timm, load_maskgit
-from tokenizer import VQGAN, find_weights, load_vqgan, to_uint8
+from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, import_timm, load_maskgen, load_maskgit,
+                    load_text_encoder)
+from tokenizer import VQGAN, TATiTok, find_weights, load_tatitok, load_vqgan, to_uint8
 
-FORMAT = 1                                                                       # of checkpoint.pt
-HUB = "llvictorll/Maskgit-pytorch"                                               # on the Hugging Face hub: the paper's public networks
-OFFICIAL = {"tokenizer": "pretrained_maskgit/VQGAN/last.ckpt", "teacher": "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth"}
-# How the public networks are sampled where no run says it: the teacher with the settings that Di[M]O's code has for it (their w = 3
-# is our guidance 4), the student with Di[M]O's share of masked tokens
-PUBLIC = dict(guidance=4.0, confidence_noise=4.5, init_mask=0.6, draft_temperature=1.0)
+FORMAT = 2                                                                       # of checkpoint.pt
+# The paper's public networks on the Hugging Face hub: repository, file, loader
+OFFICIAL = {"imagenet": {"tokenizer": ("llvictorll/Maskgit-pytorch", "pretrained_maskgit/VQGAN/last.ckpt", load_vqgan),
+                         "teacher": ("llvictorll/Maskgit-pytorch", "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth", load_maskgit)},
+            "laion": {"tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors", load_tatitok),
+                      "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen)}}
+PARTS = (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words, TextEncoder)    # what a prepared network can be
+# What is drawn of the public MaskGen when nobody says what
+CAPTIONS = ["a photo of a dog", "a red car next to a blue house", "three green apples on a wooden table", "a lighthouse at sunset",
+            "a bowl of soup", "a small boat on a lake in the mountains", "an astronaut riding a horse", "a yellow bird above a white fence"]
+# How the public networks are sampled where no run says it. MaskGIT: the teacher with the settings that Di[M]O's code has for it (their w = 3
+# is our guidance 4), a student with Di[M]O's share of masked tokens. MaskGen: its authors' configuration (their guidance 12 is our 13)
+PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5, init_mask=0.6, draft_temperature=1.0),
+          "laion": dict(guidance=13.0, confidence_noise=2.0, init_mask=0.6, draft_temperature=1.0)}
 
 
 # ------------------------------------------------------------------------------------------------ networks from disk
@@ -37,20 +48,31 @@ def frozen(network, device):
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_part(cls, path, device):
-    """One prepared network (train.py, `cached`): rebuilt from its own arguments, frozen."""
+def load_part(path, device):
+    """One prepared network (train.py, `cached`): rebuilt from the name of its class and its own arguments, frozen."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        part = cls(**saved["args"])
+        part = {cls.__name__: cls for cls in PARTS}[saved["cls"]](**saved["args"])
         part.load_state_dict(saved["state"])
     except Exception as error:                                                   # a damaged file can make the unpickler raise anything
         raise ValueError(f"{path}, which train.py prepared for this run, cannot be read ({type(error).__name__})") from error
     return frozen(part, device)
 
 
-def official(part, given=None):
-    """Path of the official "tokenizer" or "teacher": the user's own file, else weights/, else the hub."""
-    return find_weights(part, given or None, OFFICIAL[part], HUB)
+def official(dataset, part, given=None):
+    """Path of the official "tokenizer" or "teacher" of imagenet or laion: the user's own file, else weights/, else the hub."""
+    repo, file, _ = OFFICIAL[dataset][part]
+    return find_weights(part, given or None, file, repo, save_as=f"{repo.split('/')[1]}.safetensors" if file == "model.safetensors" else None)
+
+
+def load_official(dataset, part, src, device):
+    return frozen(OFFICIAL[dataset][part][2](src), device)
+
+
+def set_text(text, *models):
+    """Give transformers the encoding of the empty caption, which stands for "no condition". text None: they are not of text; nothing to do"""
+    for model in models if text else ():
+        model.empty.copy_(text.encode([""])[0, :len(model.empty)])
 
 
 def find_all(finders):
@@ -102,44 +124,54 @@ def read_checkpoint(run):
 
 
 def load_run(run, device, teacher=True, given=None):
-    """runs/<name> -> namespace of cfg, names, step, tokenizer, teacher, phi, judge (None where there is none), student (its EMA).
+    """runs/<name> -> namespace of cfg, names, step, tokenizer, teacher, phi, judge, text (None where there is none), student (its EMA).
 
+    names     of the classes; of a run with captions, those of its sheets
     teacher   False: not needed, so that an official teacher's file need not be there
-    given     {"tokenizer": FILE, "teacher": FILE}: where official files are now, if not where the run found them
+    given     {"tokenizer": FILE, "teacher": FILE, "text": FILE}: where official files are now, if not where the run found them
     """
     saved, given = read_checkpoint(run), {part: file for part, file in (given or {}).items() if file}
     cfg, parts = types.SimpleNamespace(**saved["config"]), saved["parts"]
-    r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None)
-    if cfg.dataset == "imagenet" and not cfg.smoke:
+    r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None)
+    if cfg.dataset in OFFICIAL and not cfg.smoke:
         def where(part):
-            return official(part, given.get(part) or (parts[part] if Path(parts[part]).is_file() else None))
-        files = find_all({part: partial(where, part) for part in ("tokenizer", "teacher")[:1 + teacher]})
-        r.tokenizer = frozen(load_vqgan(files["tokenizer"]), device)
-        r.teacher = frozen(load_maskgit(files["teacher"]), device) if teacher else None
-        r.student = frozen(load_maskgit(saved["ema"]), device)
+            file = given.get(part) or (parts[part] if Path(parts[part]).is_file() else None)
+            return find_text_encoder(file) if part == "text" else official(cfg.dataset, part, file)
+        wanted = ["tokenizer"] + ["teacher"] * teacher + ["text"] * (cfg.dataset == "laion")
+        files = find_all({part: partial(where, part) for part in wanted})
+        r.tokenizer = load_official(cfg.dataset, "tokenizer", files["tokenizer"], device)
+        r.teacher = load_official(cfg.dataset, "teacher", files["teacher"], device) if teacher else None
+        r.student = load_official(cfg.dataset, "teacher", saved["ema"], device)
+        r.text = frozen(load_text_encoder(files["text"]), device) if "text" in files else None
         check_fit(r.student, r.tokenizer)
+        set_text(r.text, r.student, *[r.teacher] * teacher)
         return r
     if given:
-        raise ValueError(f"--{min(given)}-weights is for imagenet, and {run} is a run of {cfg.dataset}{', smoke' if cfg.smoke else ''}")
-    r.tokenizer, r.teacher = load_part(VQGAN, parts["tokenizer"], device), load_part(MaskGIT, parts["teacher"], device)
-    if cfg.dataset != "imagenet":
-        r.phi, r.judge = load_part(ConvNet, parts["phi"], device), load_part(ConvNet, parts["judge"], device)
+        raise ValueError(f"--{min(given)}-weights is for imagenet and laion, and {run} is a run of {cfg.dataset}{', smoke' * cfg.smoke}")
+    for part, path in parts.items():
+        setattr(r, part, load_part(path, device))
+    set_text(r.text, r.teacher)
     r.student = copy.deepcopy(r.teacher)                                         # same architecture, other weights
     r.student.load_state_dict(saved["ema"])
     return r
 
 
-def load_public(student_file, teacher, given, init_mask, device):
+def load_public(dataset, student_file, teacher, given, init_mask, device):
     """The public networks, without any run -> namespace like load_run's; step None, no student unless its file is named."""
-    files = find_all({part: partial(official, part, given[part]) for part in ("tokenizer", "teacher")[:1 + teacher]})
-    cfg = types.SimpleNamespace(**PUBLIC, dataset="imagenet", smoke=False)
+    finders = {part: partial(official, dataset, part, given[part]) for part in ("tokenizer", "teacher")[:1 + teacher]}
+    if dataset == "laion":
+        finders["text"] = partial(find_text_encoder, given["text"] or None)
+    files = find_all(finders)
+    cfg = types.SimpleNamespace(**PUBLIC[dataset], dataset=dataset, smoke=False)
     cfg.init_mask = cfg.init_mask if init_mask is None else init_mask
-    r = types.SimpleNamespace(cfg=cfg, names=imagenet_names(), step=None, teacher=None, student=None, phi=None, judge=None)
-    r.student = frozen(load_maskgit(student_file), device) if student_file else None
-    r.teacher = frozen(load_maskgit(files["teacher"]), device) if teacher else None
-    r.tokenizer = frozen(load_vqgan(files["tokenizer"]), device)
+    r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None, text=None)
+    r.student = load_official(dataset, "teacher", student_file, device) if student_file else None
+    r.teacher = load_official(dataset, "teacher", files["teacher"], device) if teacher else None
+    r.tokenizer = load_official(dataset, "tokenizer", files["tokenizer"], device)
+    r.text = frozen(load_text_encoder(files["text"]), device) if dataset == "laion" else None
     for model in filter(None, (r.student, r.teacher)):
         check_fit(model, r.tokenizer)
+        set_text(r.text, model)
     return r
 
 
@@ -160,7 +192,7 @@ def tokens(model, c, generator, cfg, steps):
     """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
     if steps == 0:
         return fpd.one_step(model, c, cfg.init_mask, generator, cfg.draft_temperature)
-    return fpd.sample(model, c, steps, generator, s=cfg.guidance, noise=cfg.confidence_noise)
+    return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
 
 
 @torch.no_grad()
@@ -168,9 +200,9 @@ def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None):
     """Images for the conditions c (N, ...), one batch (B, 3, H, W) uint8 on the CPU after the other. steps = 0: the student's single pass."""
     device = tokenizer.E.device
     for start in tqdm(range(0, len(c), batch), progress, leave=False, disable=progress is None):
-        label = c[start:start + batch].to(device)
-        z = tokens(model, label, generators(seed, start, len(label), device), cfg, steps)
-        yield to_uint8(tokenizer.decode(tokenizer.E[z])).cpu()
+        part = c[start:start + batch].to(device)
+        z = tokens(model, part, generators(seed, start, len(part), device), cfg, steps)
+        yield to_uint8(tokenizer.decode(tokenizer.E[z], part)).cpu()
 
 
 def generate(*args, **kwargs):
@@ -178,24 +210,31 @@ def generate(*args, **kwargs):
     return torch.cat(list(batches(*args, **kwargs)))
 
 
-def shown_classes(cfg, n_classes):
-    """The labels of every sheet, always the same: spread over the classes; for ImageNet, eight that papers show. -> (n,), n <= 12"""
-    if cfg.dataset == "imagenet":
-        return torch.tensor([207, 360, 387, 974, 88, 979, 417, 279])             # golden retriever, otter, lesser panda, geyser, macaw, ...
+def shown(run):
+    """The conditions of every sheet, always the same: of captions, all that the run keeps; of classes, some, spread over them; of
+    ImageNet, eight that papers show. -> c (n, ...), n captions, n <= 12"""
+    if run.text:
+        return run.text.encode(run.names), run.names
+    n_classes = len(run.names)
     n = min(12, n_classes)
-    return (torch.arange(n) * n_classes // n + torch.arange(n) // 2 % 2) % n_classes    # all shapes and colours of the shapes world
+    c = (torch.arange(n) * n_classes // n + torch.arange(n) // 2 % 2) % n_classes       # all shapes and colours of the shapes world
+    if n_classes == 1000:
+        c = torch.tensor([207, 360, 387, 974, 88, 979, 417, 279])                # golden retriever, otter, lesser panda, geyser, macaw, ...
+    return c, [run.names[i] for i in c]
 
 
 def sheet(rows, captions, zoom=None):
     """A labelled grid. rows: [(title, images (n, 3, H, W) uint8), ...], captions: n strings above the columns -> PIL image."""
     n, _, H, W = rows[0][1].shape
     zoom = zoom or max(1, 96 // W)                                               # small worlds are shown enlarged
-    font, left, top, gap = ImageFont.load_default(12), 8 + 7 * max(len(title) for title, _ in rows), 40, 2
+    font, left, gap = ImageFont.load_default(12), 8 + 7 * max(len(title) for title, _ in rows), 2
     w, h = W * zoom + gap, H * zoom + gap
+    wrapped = [textwrap.wrap(caption, max(8, w // 7), max_lines=5, placeholder=" ...") for caption in captions]
+    top = 10 + 15 * max(len(lines) for lines in wrapped)
     picture = Image.new("RGB", (left + n * w, top + len(rows) * h), "white")
     pen = ImageDraw.Draw(picture)
-    for i, caption in enumerate(captions):
-        pen.multiline_text((left + i * w + 2, 4), caption.replace(" ", "\n", 1), "black", font, spacing=1)
+    for i, lines in enumerate(wrapped):
+        pen.multiline_text((left + i * w + 2, 4), "\n".join(lines), "black", font, spacing=1)
     for j, (title, images) in enumerate(rows):
         pen.text((6, top + j * h + h // 2 - 8), title, "black", font)
         for i, image in enumerate(images):
@@ -228,15 +267,15 @@ def model_arguments(parser):
     """The flags that say which networks; shared with evaluate.py."""
     parser.add_argument("--run", help="runs/<name>; the newest run if not given")
     parser.add_argument("--student", metavar="FILE", help="in place of a run: a one-step MaskGIT of others, e.g. Di[M]O's pytorch_model.bin")
-    parser.add_argument("--init-mask", type=float, help=f"with --student: its share of masked tokens, {PUBLIC['init_mask']} if not given")
-    parser.add_argument("--dataset", choices=["imagenet"], help="in place of a run: the public teacher")
-    for part in OFFICIAL:
-        parser.add_argument(f"--{part}-weights", metavar="FILE", help=f"imagenet: file of the official {part}, else weights/, else the hub")
+    parser.add_argument("--init-mask", type=float, help="with --student: its share of masked tokens, 0.6 if not given")
+    parser.add_argument("--dataset", choices=list(OFFICIAL), help="in place of a run: the public teacher; with --student, which kind it is")
+    for part in ("tokenizer", "teacher", "text"):
+        parser.add_argument(f"--{part}-weights", metavar="FILE", help=f"official networks: file of the {part}, else weights/, else the hub")
 
 
 def load_models(args, device, student, teacher):
     """What `model_arguments` say -> namespace as of load_run. student, teacher: which of the two the caller is going to use."""
-    given = {part: getattr(args, f"{part}_weights") for part in OFFICIAL}
+    given = {part: getattr(args, f"{part}_weights") for part in ("tokenizer", "teacher", "text")}
     if args.run and (args.student or args.dataset):
         raise ValueError(f"--run and --{'student' if args.student else 'dataset'} exclude each other")
     if args.init_mask is not None and not args.student:
@@ -245,7 +284,7 @@ def load_models(args, device, student, teacher):
         raise ValueError(f"--init-mask is a share, between 0 and 1, got {args.init_mask}")
     no_run_at_all = not args.run and not any(Path("runs").glob("*/checkpoint.pt"))
     if args.student or args.dataset or (no_run_at_all and not student):
-        return load_public(args.student, teacher, given, args.init_mask, device)
+        return load_public(args.dataset or "imagenet", args.student, teacher, given, args.init_mask, device)
     return load_run(args.run or newest_run(), device, teacher, given)
 
 
@@ -259,9 +298,22 @@ def class_index(text, names):
     raise ValueError(f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or a name ({some})")
 
 
+def condition(run, label, prompt, n):
+    """What --class or --prompt asks for, n times, or all that the run knows in turn. -> c (n, ...), what to call it"""
+    if run.text and label is not None or not run.text and prompt is not None:
+        raise ValueError("this run draws captions: use --prompt" if run.text else "this run draws classes: use --class")
+    if run.text:
+        captions = [prompt if prompt is not None else run.names[i % len(run.names)] for i in range(n)]
+        return run.text.encode(captions), repr(prompt) if prompt is not None else "the captions of its sheets"
+    if label is None:
+        return torch.arange(n) % len(run.names), "all classes"
+    return torch.full((n,), class_index(label, run.names)), run.names[class_index(label, run.names)]
+
+
 def main():
     parser = Parser(description="Sample images from a distilled student or from its teacher.")
     parser.add_argument("--class", dest="label", help="class number or name; without it, all classes in turn")
+    parser.add_argument("--prompt", help="what to draw, for a run with captions; without it, the captions of its sheets in turn")
     parser.add_argument("--n", type=int, default=16, help="how many images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="sample.png")
@@ -274,7 +326,9 @@ def main():
     if args.teacher and args.student:
         raise ValueError("--teacher and --student exclude each other")
     if args.dataset and not args.teacher and not args.student:
-        raise ValueError("--dataset imagenet is for the public networks: add --teacher, or --student FILE")
+        raise ValueError(f"--dataset {args.dataset} is for the public networks: add --teacher, or --student FILE")
+    if args.prompt is not None and args.label is not None:
+        raise ValueError("--prompt and --class exclude each other")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no such folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,14 +336,14 @@ def main():
     model, steps = (run.teacher, args.steps) if args.teacher else (run.student, 0)
     if args.teacher and not 1 <= args.steps <= model.L:
         raise ValueError(f"--steps should be between 1 and {model.L}, got {args.steps}")
-    c = torch.arange(args.n) % len(run.names) if args.label is None else torch.full((args.n,), class_index(args.label, run.names))
+    c, what = condition(run, args.label, args.prompt, args.n)
     images = generate(model, run.tokenizer, c, run.cfg, steps, args.seed, batch=16, progress="sample")
     columns = min(8, args.n)
     rows = [("", images[i:i + columns]) for i in range(0, args.n, columns)]
     sheet(rows, [""] * columns).save(args.out)
     trained = f"trained for {run.step} steps" if run.step is not None else f"{args.student}, init-mask {run.cfg.init_mask:g}"
     who = f"teacher, {steps} steps" if args.teacher else f"student, 1 step ({trained})"
-    print(f"{args.out}: {args.n} images | {who} | {'all classes' if args.label is None else run.names[c[0]]} | seed {args.seed}")
+    print(f"{args.out}: {args.n} images | {who} | {what} | seed {args.seed}")
     if run.cfg.smoke:
         print("This is a smoke run: its weights are random or nearly so, the picture means nothing.")
 

@@ -9,8 +9,11 @@ Also here, since every file of ours may import this one: finding and reading fil
 
     B images in the batch   L tokens per image   K codebook entries   d code width   P = sqrt(L) tokens per side
 """
+import itertools
 import math
 import pickle
+import random
+import re
 import zipfile
 from pathlib import Path
 
@@ -84,6 +87,116 @@ def shapes(labels, seed, anywhere=False, size=32):
     return images
 
 
+# ------------------------------------------------------------------------------------------------ images: the scenes world
+# Captions of GenEval's six kinds (Ghosh et al. 2023), by the names that its prompts are tagged with.
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COUNTS = {"two": 2, "three": 3, "four": 4}
+PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}    # where the first object is, x to the right, y down
+SCENE_WORDS = ("a", "and", *COUNTS, *COLOURS, *SHAPES, *PLURALS, "left", "right", "of", "above", "below")
+ONE = f"a (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
+SENTENCE = re.compile(f"{ONE}(?: (and|{'|'.join(RELATIONS)}) {ONE})?|({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(PLURALS)})")
+
+
+def parse_caption(text):
+    """A caption of the scenes world -> dict(tag, objects, relation): the only place that knows the grammar.
+
+    tag        of TAGS:   "a circle" | "a circle and a square" | "three red circles" | "a red circle" | "a blue square above a green triangle"
+                          | "a red circle and a blue square"
+    objects    list of 1 to 4 pairs (colour or None where it is not said, shape)
+    relation   key of RELATIONS, of the first object to the second, or None
+    ValueError names a word that does not exist, or says that the words make no caption
+    """
+    words = text.lower().split()
+    for word in words:
+        if word not in SCENE_WORDS:
+            raise ValueError(f"scenes does not know the word {word!r}; it knows: {', '.join(SCENE_WORDS)}")
+    found = SENTENCE.fullmatch(" ".join(words))
+    if found:
+        colour, shape, link, colour2, shape2, number, colour_n, plural = found.groups()
+        if number:
+            return dict(tag="counting", objects=[(colour_n, PLURALS[plural])] * COUNTS[number], relation=None)
+        if not link:
+            return dict(tag="colors" if colour else "single_object", objects=[(colour, shape)], relation=None)
+        relation, has_colours = RELATIONS.keys() & {link}, (colour is not None) + (colour2 is not None)
+        if (colour, shape) != (colour2, shape2) and (has_colours == 2 or (has_colours == 0 and not relation)):
+            return dict(tag="position" if relation else "color_attr" if colour else "two_object",
+                        objects=[(colour, shape), (colour2, shape2)], relation=link if relation else None)
+    raise ValueError(f"scenes knows the words of {text!r}, but not the sentence; it knows such as 'a circle', 'a circle and a square', 'three red "
+                     "circles', 'a red circle', 'a blue square above a green triangle', 'a red circle and a blue square'")
+
+
+def scene_captions(n, seed):
+    """n captions, the six kinds in turn; two objects differ in colour and in shape. Equal seeds give equal captions. -> list of str"""
+    rng, captions = random.Random(seed), []
+    for i in range(n):
+        (shape, shape2), (colour, colour2) = rng.sample(SHAPES, 2), rng.sample(list(COLOURS), 2)
+        number, plural, relation = rng.choice(list(COUNTS)), rng.choice(list(PLURALS)), rng.choice(list(RELATIONS))
+        captions.append((f"a {shape}", f"a {shape} and a {shape2}", f"{number} {colour} {plural}", f"a {colour} {shape}",
+                         f"a {colour} {shape} {relation} a {colour2} {shape2}", f"a {colour} {shape} and a {colour2} {shape2}")[i % len(TAGS)])
+    return captions
+
+
+def scenes(captions, seed, size=32):
+    """Render the scenes world: the objects of each caption on a plain grey ground, in as many cells of a 2 x 2 grid.
+
+    captions (list of N str)   seed: equal captions and seed give equal images
+    Cells, places within them, sizes, turns, hues and ground vary, and so do colours that are not said. Objects never touch.
+    returns (N, 3, size, size) uint8. ValueError as of parse_caption
+    """
+    generator = torch.Generator().manual_seed(seed)
+    palette, known = torch.tensor(list(COLOURS.values())), list(COLOURS)
+    cells = size / 4 * torch.tensor([[1, 1], [3, 1], [1, 3], [3, 3]])           # centres, x, y
+    orders = {None: list(itertools.permutations(range(4)))}                     # which cell is the first object's, the second's ...
+    for relation, side in RELATIONS.items():
+        orders[relation] = [order for order in orders[None] if ((cells[order[0]] - cells[order[1]]) @ torch.tensor(side).float()) > 0]
+    parsed = [parse_caption(caption) for caption in captions]
+    images = torch.empty(len(parsed), 3, size, size, dtype=torch.uint8)
+    for start in range(0, len(parsed), 1024):                                   # chunks: the distance maps are large
+        part = parsed[start:start + 1024]
+        n = len(part)
+        def between(low, high, *shape):
+            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        chance = torch.rand(n, generator=generator).tolist()
+        cell = torch.tensor([orders[p["relation"]][int(u * len(orders[p["relation"]]))] for p, u in zip(part, chance)])          # (n, 4)
+        colour = torch.randint(len(known), (n, 4), generator=generator)
+        centre, radius, angle = cells[cell] + between(-.04, .04, 4, 2) * size, between(.15, .18, 4) * size, between(-.2, .2, 4)
+        hue = between(-.08, .08, 4, 3)
+        image = (-.75 + between(-.05, .05)).view(n, 1, 1, 1).repeat(1, 3, size, size)       # one dark ground: of three, half of all codes would
+        for k in range(4):                                                      # the k-th object of the images that have one
+            rows = [i for i, p in enumerate(part) if len(p["objects"]) > k]
+            said = [part[i]["objects"][k] for i in rows]
+            shape = torch.tensor([SHAPES.index(s) for _, s in said], dtype=torch.long)
+            chosen = torch.tensor([known.index(c) if c else int(colour[i, k]) for i, (c, _) in zip(rows, said)], dtype=torch.long)
+            image[rows] = paint(image[rows], shape, palette[chosen] + hue[rows, k], centre[rows, k], radius[rows, k], angle[rows, k])
+        images[start:start + n] = to_uint8(image)
+    return images
+
+
+def scene_contents(images, captions):
+    """Those images whose captions say every colour, and what is on them -> images (n, ...), (n, 24) float, 1 where a class of shapes_names is."""
+    objects = [parse_caption(caption)["objects"] for caption in captions]
+    told = [i for i, known in enumerate(objects) if all(colour for colour, _ in known)]
+    contents, names = torch.zeros(len(told), len(COLOURS) * len(SHAPES)), shapes_names()
+    for row, i in enumerate(told):
+        contents[row, [names.index(f"{colour} {shape}") for colour, shape in objects[i]]] = 1
+    return images[told], contents
+
+
+def read_captions(path):
+    """A text file with one caption per line -> list of str, without empty lines. ValueError: no such file, not UTF-8, no captions."""
+    if not Path(path).is_file():
+        raise ValueError(f"--captions {path}: no such file; it should hold one caption per line")
+    try:
+        captions = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[:error.start].count(b"\n") + 1
+        raise ValueError(f"--captions {path} is not UTF-8: line {line} has the byte {error.object[error.start]:#04x}") from None
+    if not captions:
+        raise ValueError(f"--captions {path} has no captions; it should hold one per line")
+    return captions
+
+
 # ------------------------------------------------------------------------------------------------ images: files
 def read_image(path, size):
     """Any image file -> (3, size, size) uint8: EXIF turns applied, RGB, centre square, Lanczos. ValueError when it is not an image."""
@@ -98,18 +211,28 @@ def read_image(path, size):
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def image_files(data):
+    """Paths of all images below a folder, however deep. ValueError when there are none."""
+    files = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"--data {data}: no images there (looked for {', '.join(sorted(SUFFIXES))})")
+    return files
+
+
 def folder(data, size=32):
     """Images of DIR/<class name>/*: the user's own. -> images (N, 3, size, size) uint8, labels (N,) long, names (sorted)."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     if not Path(data).is_dir():
         raise ValueError(f"--data {data} is not a folder; it should hold one subfolder of images for each class")
     names = sorted(p.name for p in Path(data).iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [sorted(f for f in (Path(data) / name).iterdir() if f.suffix.lower() in suffixes) for name in names]
+    files = [sorted(f for f in (Path(data) / name).iterdir() if f.suffix.lower() in SUFFIXES) for name in names]
     if not names:
         raise ValueError(f"--data {data} has no subfolders; it should hold one subfolder of images for each class")
     empty = [name for name, found in zip(names, files) if not found]
     if empty:
-        raise ValueError(f"--data {data}: no images in class folder {empty[0]!r} (looked for {', '.join(sorted(suffixes))})")
+        raise ValueError(f"--data {data}: no images in class folder {empty[0]!r} (looked for {', '.join(sorted(SUFFIXES))})")
     images = torch.stack([read_image(f, size) for found in files for f in found])
     labels = torch.tensor([label for label, found in enumerate(files) for _ in found])
     return images, labels, names
@@ -118,12 +241,17 @@ def folder(data, size=32):
 def world(cfg, split):
     """Real images of the world. split "train" | "phi" | "judge" | "test" -> images (N, 3, 32, 32) uint8, labels (N,), names.
 
-    shapes: each split is drawn afresh. folder: "test" is every tenth image, the others share the rest.
+    shapes, scenes: each split is drawn afresh. folder: "test" is every tenth image, the others share the rest.
+    scenes: captions, a list of N str, in place of labels, and two captions of each kind as names.
     """
+    seed = 10 * cfg.prepare_seed + ("train", "phi", "judge", "test").index(split)
     if cfg.dataset == "shapes":
         names = shapes_names()
         labels = torch.arange(480 if cfg.smoke else 2400 if split == "test" else 12_000) % len(names)
-        return shapes(labels, 10 * cfg.prepare_seed + ("train", "phi", "judge", "test").index(split), cfg.anywhere), labels, names
+        return shapes(labels, seed, cfg.anywhere), labels, names
+    if cfg.dataset == "scenes":
+        captions = scene_captions(480 if cfg.smoke else 2400 if split == "test" else 12_000, seed)
+        return scenes(captions, seed), captions, captions[:12]
     images, labels, names = folder(cfg.data)
     is_test = torch.arange(len(images)) % 10 == 9
     chosen = is_test if split == "test" else ~is_test
@@ -294,8 +422,8 @@ class VQGAN(nn.Module):
         """(B, 3, H, W) in [-1, 1] -> z (B, L) long, raster order."""
         return self.nearest(self.embed(images))
 
-    def decode(self, e):
-        """Code embeddings (B, L, d) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+    def decode(self, e, c=None):
+        """Code embeddings (B, L, d) -> images (B, 3, H, W), about [-1, 1], not clamped. The condition c is TA-TiTok's; no use here."""
         B, L, d = e.shape
         P = math.isqrt(L)
         return self.decoder(self.post_quant_conv(e.transpose(1, 2).reshape(B, d, P, P)))
@@ -322,6 +450,130 @@ def load_vqgan(src, image_size=256):
                       attn_levels=[i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.q.weight" in state],
                       z_channels=shape_of(state, "encoder.conv_out.weight", 4, name)[0], groups=groups, image_size=image_size)
     return load_strictly(model, state, name, ignore_prefix=("loss.",)).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ TA-TiTok (Kim et al. 2025)
+# The tokenizer of MaskGen, with its official key names: two vision transformers, and L tokens that have no place in the image.
+# The decoder also reads the text. Facts: TA-TiTok's images are in [0, 1]; that ends inside encode and decode.
+class ViTBlock(nn.Module):
+    """Transformer block with the norm before each half."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_2, self.mlp = nn.LayerNorm(width), nn.Module()
+        self.mlp.c_fc, self.mlp.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
+def positions(n, width):
+    return nn.Parameter(torch.randn(n, width) * width ** -0.5)
+
+
+class ViT(nn.Module):
+    """What encoder and decoder share. The sequence: a class token, the patches of the image, L tokens, and what else there is."""
+    def __init__(self, patches, L, width, depth, head_width):
+        super().__init__()
+        self.class_embedding, self.positional_embedding = positions(1, width), positions(1 + patches, width)
+        self.latent_token_positional_embedding = positions(L, width)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(ViTBlock(width, width // head_width) for _ in range(depth))
+
+    def forward(self, patches, tokens, *others):
+        """patches (B, N, width), tokens (B, L, width), others (B, n, width) -> patches and tokens after the last norm."""
+        (B, N, _), L = patches.shape, tokens.shape[1]
+        x = torch.cat([self.class_embedding.expand(B, 1, -1), patches], 1) + self.positional_embedding
+        x = self.ln_pre(torch.cat([x, tokens + self.latent_token_positional_embedding, *others], 1))    # (B, 1 + N + L + n, width)
+        for block in self.transformer:
+            x = block(x)
+        x = self.ln_post(x)
+        return x[:, 1:1 + N], x[:, 1 + N:1 + N + L]
+
+
+class TATiTok(nn.Module):
+    """Images <-> L tokens, with the interface of VQGAN; decode reads a text as well. The defaults are the sizes of bl128.
+
+    K codes of width d; width, depth: of encoder and decoder; patch: pixels per side; text: rows and width of the text states;
+    head_width: of the attention; l2norm: encoder outputs and codes are compared at length 1, and .E has rows of length 1
+    .E (K, d) what decode expects   .L tokens per image
+    """
+    def __init__(self, K=8192, d=64, L=128, width=(768, 1024), depth=(12, 24), patch=16, text=(77, 768), image_size=256, head_width=64,
+                 l2norm=False):
+        super().__init__()
+        self.K, self.L, self.image_size, self.side, self.l2norm = K, L, image_size, image_size // patch, l2norm
+        self.latent_tokens = positions(L, width[0])
+        self.encoder, self.decoder = encoder, decoder = [ViT(self.side ** 2, L, w, n, head_width) for w, n in zip(width, depth)]
+        encoder.patch_embed, encoder.conv_out = nn.Conv2d(3, width[0], patch, stride=patch), nn.Conv2d(width[0], d, 1)
+        decoder.mask_token, decoder.decoder_embed = nn.Parameter(torch.randn(1, 1, width[1]) * width[1] ** -0.5), nn.Linear(d, width[1])
+        decoder.text_guidance_positional_embedding = positions(text[0], width[1])
+        decoder.text_guidance_proj = nn.Linear(text[1], width[1])
+        decoder.ffn, decoder.conv_out = nn.Sequential(nn.Conv2d(width[1], 3 * patch ** 2, 1)), nn.Conv2d(3, 3, 3, padding=1)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(K, d)
+        nn.init.normal_(self.quantize.embedding.weight, std=d ** -0.5)
+
+    @property
+    def E(self):
+        E = self.quantize.embedding.weight
+        return F.normalize(E, dim=-1) if self.l2norm else E
+
+    def embed(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, L, d) before quantisation. ValueError for another size than image_size."""
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"this TA-TiTok is for images of {self.image_size} x {self.image_size} pixels, got {tuple(images.shape[2:])}")
+        patches = self.encoder.patch_embed((images + 1) / 2).flatten(2).transpose(1, 2)
+        tokens = self.encoder(patches, self.latent_tokens.expand(len(images), -1, -1))[1]     # (B, L, width)
+        return self.encoder.conv_out(tokens.transpose(1, 2)[:, :, None]).flatten(2).transpose(1, 2)
+
+    nearest = VQGAN.nearest                                                     # where all codes have length 1, that of e does not matter
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> z (B, L) long. The order is learned, not a place in the image."""
+        return self.nearest(self.embed(images))
+
+    def decode(self, e, c):
+        """Code embeddings (B, L, d), rows of .E, and text states -> images (B, 3, H, W), about [-1, 1], not clamped.
+
+        c   (B, >= 77, 768), whose last 77 rows are CLIP's states after all blocks and the final norm; rows before are not used
+        ValueError when e or c has another shape
+        """
+        T, width = len(self.decoder.text_guidance_positional_embedding), self.decoder.text_guidance_proj.in_features
+        if e.shape[1] != self.L or c is None or c.ndim != 3 or c.shape[::2] != (len(e), width) or c.shape[1] < T:
+            raise ValueError(f"this TA-TiTok decodes {self.L} tokens with a text of {T} rows or more, of width {width}, got tokens of shape "
+                             f"{tuple(e.shape)} and {'no text' if c is None else f'a text of shape {tuple(c.shape)}'}")
+        decoder, side = self.decoder, self.side
+        text = decoder.text_guidance_proj(c[:, -T:]) + decoder.text_guidance_positional_embedding
+        x = decoder(decoder.mask_token.expand(len(e), side ** 2, -1), decoder.decoder_embed(e), text)[0]
+        x = decoder.ffn(x.transpose(1, 2).unflatten(2, (side, side))).unflatten(1, (-1, 3))   # (B, pixels of a patch, 3, side, side)
+        x = F.pixel_shuffle(x.transpose(1, 2).flatten(1, 2), self.image_size // side)         # torch wants the colour first
+        return 2 * decoder.conv_out(x) - 1
+
+
+def load_tatitok(src, image_size=256, head_width=64, l2norm=False):
+    """The official TA-TiTok with vector quantisation, frozen: bl128, turkeyju/tokenizer_tatitok_bl128_vq on the hub.
+
+    src          path or state dict; every size is read off its tensors, except those two that no tensor tells:
+    head_width   of the attention; 64 in all released networks
+    l2norm       see TATiTok; in none of them
+    ValueError in one line when the file cannot be read, does not fit or is for another image_size
+    """
+    name = source_name(src, "TA-TiTok")
+    state = read_weights(src, "TA-TiTok")
+    (K, d), (L, _) = shape_of(state, "quantize.embedding.weight", 2, name), shape_of(state, "latent_tokens", 2, name)
+    patches, patch = shape_of(state, "encoder.positional_embedding", 2, name)[0] - 1, shape_of(state, "encoder.patch_embed.weight", 4, name)[2]
+    width = [shape_of(state, f"{part}.class_embedding", 2, name)[1] for part in ("encoder", "decoder")]
+    if patches * patch ** 2 != image_size ** 2:
+        raise ValueError(f"{name} is for images of {patches} patches of {patch} x {patch} pixels, not of {image_size} x {image_size} pixels")
+    if any(w == 0 or w % head_width for w in width):
+        raise ValueError(f"{name} does not fit: widths {width} should be multiples of {head_width}, the width of a head")
+    with torch.device("meta"):                                                  # no memory and no random numbers before the file fits
+        model = TATiTok(K, d, L, width, [count(state, part + ".transformer.{}.ln_1.weight") for part in ("encoder", "decoder")], patch,
+                        (shape_of(state, "decoder.text_guidance_positional_embedding", 2, name)[0],
+                         shape_of(state, "decoder.text_guidance_proj.weight", 2, name)[1]), image_size, head_width, l2norm)
+    return load_strictly(model, state, name).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ files of pretrained weights

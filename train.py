@@ -36,15 +36,17 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import Backbone, ConvNet, MaskGIT, find_backbone, load_backbone, load_maskgit
+from models import (FEATURE_NETWORKS, Backbone, ConvNet, Discriminator, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, find_text_encoder,
+                    load_backbone, load_discriminator, load_text_encoder)
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1); SMALL says what the small worlds change."""
     # what runs
-    dataset: str = "shapes"           # shapes | folder | imagenet
-    data: str = ""                    # folder: the directory with one subfolder of images per class
+    dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
+    data: str = ""                    # folder: the directory with one subfolder of images per class; official networks: real images for the GAN
+    captions: str = ""                # laion: the file with one caption per line
     anywhere: bool = False            # shapes: objects anywhere on the canvas, the hard world, in place of near its centre
     name: str = ""                    # runs/<name>; made from the settings above when empty
     resume: bool = False              # go on with an interrupted run (the newest, or --name) and its settings
@@ -56,24 +58,30 @@ class Config:
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
     teacher_steps: int = 2000         # MaskGIT, batch 64
-    # official networks of imagenet: a file, else weights/, else the hub
-    tokenizer_weights: str = ""       # VQGAN
-    teacher_weights: str = ""         # MaskGIT
+    # official networks of imagenet and laion: a file, else weights/, else the hub
+    tokenizer_weights: str = ""       # VQGAN, TA-TiTok
+    teacher_weights: str = ""         # MaskGIT, MaskGen
     backbone_weights: str = ""        # Phi
+    text_weights: str = ""            # CLIP's text encoder
+    deit_weights: str = ""            # the two feature networks of the GAN's discriminator
+    efficientnet_weights: str = ""
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm (Sec. 4.1: DINOv3 ViT-B/16)
     blocks: tuple = (2, 5, 8, 11)     # of the backbone, whose outputs are compared (Sec. 4.1, Table 4b)
     # sampling
-    guidance: float = sample.PUBLIC["guidance"]                  # the multi-step teacher's, in its last step; 1 = none
-    confidence_noise: float = sample.PUBLIC["confidence_noise"]  # Gumbel noise on its confidence (the official sampler's r_temp)
+    guidance: float = sample.PUBLIC["imagenet"]["guidance"]                  # the multi-step teacher's, in its last step; 1 = none
+    confidence_noise: float = sample.PUBLIC["imagenet"]["confidence_noise"]  # Gumbel noise on its confidence (the official r_temp)
     # the method
     init_mask: float = 0.9            # r_init of Sec. 3.2, "nearly fully masked"; stored with the student, who knows no other
     draft_temperature: float = 1.0    # of Eq. 4, in training and sampling
+    draft: str = "student"            # student | random: what the teacher refines (Table 3b)
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
-    far: float = 0.0                  # share of drafts with r = 1, refined in refine_steps passes (ours; see README)
-    refine_steps: int = 1             # teacher passes of a refinement; 1 in the paper
-    bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Sec. 4.1)
+    far: float = 0.0                  # share of drafts with r = 1, which the teacher refines in refine_steps of its sampler (ours; see README)
+    refine_steps: int = 4             # ... since a single one from nothing is junk
+    space: str = "feature"            # feature | pixel: where drafts and refinements are compared (Table 4a)
+    grid: int = 4                     # features are averaged to grid x grid positions; 1 pools them (Table 4b)
+    bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Sec. 4.1, Table 4a)
     affinity: str = "joint"           # joint | apart: attraction and repulsion normalised together or each alone (Eq. 6)
     own_target: bool = True           # is a draft's own refinement among the targets of its drift? (Eq. 6)
     pull: bool = False                # ours: besides the drift, a force straight to the own refinement, weighted 1 - r
@@ -81,6 +89,8 @@ class Config:
     self_negative: bool = False       # is a draft among its own negatives? (Eq. 6)
     per_class: int = 16               # drafts of one class in a batch; only these are compared with each other
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
+    gan_weight: float = 0.0           # lambda of Sec. 3.4: the GAN's gradient at the decoded image, relative to the drift's; 0: no GAN
+    gan_start: int = 0                # steps without the GAN's gradient at first; the discriminator learns from the beginning
     # optimisation
     steps: int = 100_000
     batch: int = 32
@@ -98,16 +108,18 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.98, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             far=0.25, refine_steps=4, own_target=False, pull=True, crowd=1.25, sample_every=50, save_every=50)
+             far=0.25, refine_steps=4, own_target=False, pull=True, crowd=1.25, blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
+LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
+SCENES = SMALL
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
 # What a run was made of: --resume cannot change it
-FIXED = ("dataset", "data", "anywhere", "smoke", "prepare_seed", "tokenizer_steps", "classifier_steps", "teacher_steps", "backbone", "blocks",
-         "init_mask")
+FIXED = ("dataset", "data", "captions", "anywhere", "smoke", "prepare_seed", "tokenizer_steps", "classifier_steps", "teacher_steps", "backbone",
+         "blocks", "init_mask")
 
 
 def parse(argv=None):
-    """Command line -> Config: the paper's defaults, then SMALL (not for imagenet), then SMOKE, then what the user typed.
+    """Command line -> Config: the paper's defaults, then SMALL, SCENES or LAION, then SMOKE, then what the user typed.
 
     --resume: the settings of the checkpoint, then what the user typed. Unknown flags stop the run.
     """
@@ -132,7 +144,8 @@ def parse(argv=None):
         if saved["step"] >= typed.get("steps", settings["steps"]):
             raise ValueError(f"--resume: {folder} has done its {saved['step']} steps; --steps N goes further, evaluate.py makes the report")
     else:
-        settings = {**({} if typed.get("dataset") == "imagenet" else SMALL), **(SMOKE if typed.get("smoke") else {})}
+        of_dataset = {"imagenet": {}, "laion": LAION, "scenes": SCENES}.get(typed.get("dataset"), SMALL)
+        settings = {**of_dataset, **(SMOKE if typed.get("smoke") else {})}
     cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
@@ -144,7 +157,8 @@ def check(cfg):
         if not ok:
             raise ValueError(text)
     want(cfg.prepare_seed >= 0, f"--prepare-seed should not be negative, got {cfg.prepare_seed}")
-    for name, options in dict(dataset=("shapes", "folder", "imagenet"), affinity=("joint", "apart"), estimator=("ste", "soft")).items():
+    for name, options in dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"), affinity=("joint", "apart"), estimator=("ste", "soft"),
+                              draft=("student", "random"), space=("feature", "pixel")).items():
         want(getattr(cfg, name) in options, f"--{name} should be one of {', '.join(options)}, got {getattr(cfg, name)!r}")
     want(cfg.seed >= 0, f"--seed should not be negative, got {cfg.seed}")
     for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "refine_steps", "log_every", "sample_every", "save_every"):
@@ -156,9 +170,21 @@ def check(cfg):
     want(cfg.draft_temperature > 0, f"--draft-temperature should be positive, got {cfg.draft_temperature}")
     want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
-    for part in ("tokenizer", "teacher", "backbone"):
-        want((cfg.dataset == "imagenet" and not cfg.smoke) or not getattr(cfg, f"{part}_weights"),
-             f"--{part}-weights goes with --dataset imagenet, and not with --smoke")
+    want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
+    want(cfg.dataset == "laion" and not cfg.smoke or not cfg.captions, "--captions goes with --dataset laion, and not with --smoke")
+    for part in ("tokenizer", "teacher", "backbone", "text", "deit", "efficientnet"):
+        want((cfg.dataset in sample.OFFICIAL and not cfg.smoke) or not getattr(cfg, f"{part}_weights"),
+             f"--{part}-weights goes with --dataset imagenet or laion, and not with --smoke")
+    want(cfg.dataset == "laion" or not cfg.text_weights, "--text-weights goes with --dataset laion")
+    want(cfg.gan_weight or not (cfg.deit_weights or cfg.efficientnet_weights), "--deit-weights and --efficientnet-weights go with --gan-weight")
+    for name in ("gan_weight", "gan_start"):
+        want(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} should not be negative, got {getattr(cfg, name)}")
+    want(cfg.dataset == "folder" or (cfg.dataset in sample.OFFICIAL and cfg.gan_weight and not cfg.smoke) or not cfg.data,
+         "--data goes with --dataset folder, or with imagenet or laion and --gan-weight, there not with --smoke")
+    want(not cfg.gan_weight or cfg.dataset not in sample.OFFICIAL or cfg.smoke or cfg.data,
+         f"--gan-weight with {cfg.dataset} needs --data DIR: real images, at any depth")
+    want(1 <= cfg.grid <= 32, f"--grid should be between 1 and 32, the pixels of the smallest images, got {cfg.grid}")
+    want(cfg.dataset in sample.OFFICIAL or set(cfg.blocks) <= set(range(4)), f"--blocks of the small Phi are 0 to 3, got {cfg.blocks}")
     want(cfg.lift_chunk is None or cfg.lift_chunk >= 1, f"--lift-chunk should be at least 1, got {cfg.lift_chunk}")
     want(cfg.gpus in (None, 0, 1), f"--gpus should be 0 or 1, got {cfg.gpus}")
     want(cfg.gpus != 1 or torch.cuda.is_available(), "--gpus 1: there is no CUDA device here; leave --gpus away to run on the CPU")
@@ -205,7 +231,7 @@ def reseed_codes(vq, e, z, usage, everything=False):
 def train_tokenizer(cfg, device):
     """VQGAN on the world's images: L1 + L2 reconstruction, codebook and commitment loss. (At this size it is sharp without a GAN.)"""
     images, _, _ = tok.world(cfg, "train")
-    args = {}
+    args = dict(K=256) if cfg.dataset == "scenes" else {}                        # several small objects: more kinds of edges
     vq = tok.VQGAN(**args).to(device)
     opt, sched = schedule(vq.parameters(), 5e-3, cfg.tokenizer_steps)
     usage = torch.zeros(vq.K, device=device)
@@ -235,32 +261,38 @@ def train_tokenizer(cfg, device):
 
 
 def train_classifier(cfg, device, split, width):
-    """Phi or the judge: a classifier of the world's classes."""
+    """Phi or the judge: a classifier of the world's classes; of scenes, which of the 24 coloured shapes are there."""
     images, labels, names = tok.world(cfg, split)
+    if cfg.dataset == "scenes":
+        images, labels = tok.scene_contents(images, labels)
+        names = tok.shapes_names()
     args = dict(num_classes=len(names), width=width)
     net = ConvNet(**args).to(device)
     opt, sched = schedule(net.parameters(), 3e-3, cfg.classifier_steps, 0.01)
     for _ in tqdm(range(cfg.classifier_steps), split):
         i = torch.randint(len(images), (64,))
-        update(F.cross_entropy(net(tok.to_float(images[i]).to(device))[1], labels[i].to(device)), opt, sched)
+        logits, target = net(tok.to_float(images[i]).to(device))[1], labels[i].to(device)
+        loss = F.binary_cross_entropy_with_logits(logits, target) if cfg.dataset == "scenes" else F.cross_entropy(logits, target)
+        update(loss, opt, sched)
     return net, args
 
 
-def train_teacher(cfg, device, vq):
-    """MaskGIT on the tokens: predict what is hidden (Eq. 2), the class dropped for one image in ten so that guidance works."""
-    images, labels, names = tok.world(cfg, "train")
+def train_teacher(cfg, device, vq, text):
+    """MaskGIT or MaskGen on the tokens: predict what is hidden (Eq. 2), the condition dropped for one image in ten so that guidance works."""
+    images, c, names = tok.world(cfg, "train")
     with torch.no_grad():
         z = torch.cat([vq.encode(tok.to_float(part).to(device)) for part in images.split(200)])          # (N, L)
-    labels = labels.to(device)
-    args = dict(K=vq.K, L=vq.L, num_classes=len(names))
-    teacher = MaskGIT(**args).to(device)
+    c = text.encode(c) if text else c.to(device)
+    args = dict(K=vq.K, L=vq.L) | (dict() if text else dict(num_classes=len(names)))
+    teacher = (MaskGen if text else MaskGIT)(**args).to(device)
+    sample.set_text(text, teacher)
     opt, sched = schedule(teacher.parameters(), 2e-3, cfg.teacher_steps, 0.03)
     generator = torch.Generator(device).manual_seed(cfg.prepare_seed)
     bar = tqdm(range(cfg.teacher_steps), "teacher")
     for step in bar:
         i = torch.randint(len(z), (64,), device=device)
         z_masked, is_masked = fpd.remask(z[i], fpd.sample_ratio(64, 0, 1, generator, device), vq.K, generator)
-        logits = teacher(z_masked, labels[i], torch.rand(64, device=device) < 0.1)                      # (B, L, K)
+        logits = teacher(z_masked, c[i], torch.rand(64, device=device) < 0.1)                      # (B, L, K)
         loss = F.cross_entropy(logits[is_masked], z[i][is_masked])                                       # Eq. 2
         update(loss, opt, sched, list(teacher.parameters()))
         if step % 20 == 0:
@@ -269,76 +301,123 @@ def train_teacher(cfg, device, vq):
 
 
 def load_official(cfg, device):
-    """The paper's networks: MaskGIT, its VQGAN, and DINOv3 as Phi. -> namespace as of `prepare`"""
-    files = sample.find_all({"tokenizer": partial(sample.official, "tokenizer", cfg.tokenizer_weights),
-                             "teacher": partial(sample.official, "teacher", cfg.teacher_weights),
-                             "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)})
+    """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
+    parts = types.SimpleNamespace(text=None, captions=None)
+    if cfg.dataset == "laion":
+        parts.captions = tok.read_captions(cfg.captions)
+    finders = {"tokenizer": partial(sample.official, cfg.dataset, "tokenizer", cfg.tokenizer_weights),
+               "teacher": partial(sample.official, cfg.dataset, "teacher", cfg.teacher_weights),
+               "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)}
+    if parts.captions:
+        finders["text"] = partial(find_text_encoder, cfg.text_weights or None)
+    if cfg.gan_weight:
+        parts.real_files = tok.image_files(cfg.data)
+        finders |= {cls.part: partial(find_backbone, cls.name, getattr(cfg, f"{cls.part}_weights") or None, cls.part) for cls in FEATURE_NETWORKS}
+    files = sample.find_all(finders)
     for part, path in files.items():
         print(f"loading {part} from {path}", flush=True)
-    parts = types.SimpleNamespace(names=sample.imagenet_names(), files={part: str(path.absolute()) for part, path in files.items()})
-    parts.tokenizer = sample.frozen(tok.load_vqgan(files["tokenizer"]), device)
-    parts.teacher = sample.frozen(load_maskgit(files["teacher"]), device)
+    parts.discriminator_files = {cls.part: files.pop(cls.part) for cls in FEATURE_NETWORKS if cls.part in files}     # of no use to sample.py
+    parts.files = {part: str(path.absolute()) for part, path in files.items()}
+    parts.tokenizer, parts.teacher = (sample.load_official(cfg.dataset, part, files[part], device) for part in ("tokenizer", "teacher"))
     sample.check_fit(parts.teacher, parts.tokenizer)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
+    if parts.captions:
+        parts.text = sample.frozen(load_text_encoder(files["text"]), device)
+        sample.set_text(parts.text, parts.teacher)
+        for caption, lost in itertools.islice(parts.text.cut_captions(parts.captions).items(), 5):
+            print(f"caption longer than 77 tokens: {caption[:40]!r}... loses its end, {lost[:60]!r}")
+    parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
     return parts
 
 
 def prepare(cfg, device):
-    """Everything that distillation takes as given, trained where it is not there yet. -> namespace of networks, names, and their files.
+    """Everything that distillation takes as given, trained where it is not there yet.
+
+    returns a namespace of networks (text: None without captions), names, captions (those to train with, or None), and their files
 
     A part's file name carries a hash of what it was made from, so a changed setting makes a new file and old runs keep theirs.
     """
-    if cfg.dataset == "imagenet" and not cfg.smoke:
+    if cfg.dataset in sample.OFFICIAL and not cfg.smoke:
         return load_official(cfg, device)
     files, made_from = {}, {"dataset": cfg.dataset, "data": cfg.data and str(Path(cfg.data).resolve()), "anywhere": cfg.anywhere,
                             "seed": cfg.prepare_seed, "smoke": cfg.smoke}
-    parts = types.SimpleNamespace(names=sample.imagenet_names() if cfg.dataset == "imagenet" else tok.world(cfg, "test")[2], files=files)
+    parts = types.SimpleNamespace(names=None, text=None, captions=None, files=files)
 
-    def cached(part, cls, build, **settings):
-        key = json.dumps({**made_from, **settings}, sort_keys=True)
-        path = Path("runs/prepared") / f"{cfg.dataset}-{part}-{hashlib.sha256(key.encode()).hexdigest()[:10]}.pt"
+    def cached(part, build, **settings):
+        key = json.dumps({**made_from, **settings, "format": sample.FORMAT}, sort_keys=True)
+        path = Path("runs/prepared") / f"{cfg.dataset}-{part}-{hashlib.sha256((part + key).encode()).hexdigest()[:10]}.pt"
         if not path.exists():
             torch.manual_seed(4 * cfg.prepare_seed + len(files))
             network, args = build()
-            save(path, dict(args=args, state=network.state_dict(), made_from=key))
+            save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
         files[part] = str(path)
-        setattr(parts, part, sample.load_part(cls, path, device))
+        setattr(parts, part, sample.load_part(path, device))
 
     def untrained(cls, **args):
         return cls(**args), args
 
-    if cfg.dataset == "imagenet":                                                # --smoke: the official networks' classes, tiny and untrained
-        cached("tokenizer", tok.VQGAN, lambda: untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
-        cached("phi", Backbone, lambda: untrained(Backbone, name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64))
-        cached("teacher", MaskGIT, lambda: untrained(MaskGIT, num_classes=1000))
-        return parts
-    cached("tokenizer", tok.VQGAN, lambda: train_tokenizer(cfg, device), steps=cfg.tokenizer_steps)
-    cached("phi", ConvNet, lambda: train_classifier(cfg, device, "phi", 32), steps=cfg.classifier_steps)
-    cached("judge", ConvNet, lambda: train_classifier(cfg, device, "judge", 24), steps=cfg.classifier_steps, judge=True)
-    cached("teacher", MaskGIT, lambda: train_teacher(cfg, device, parts.tokenizer), steps=cfg.teacher_steps, tokenizer=files["tokenizer"])
+    if cfg.dataset in sample.OFFICIAL:                                           # --smoke: the official networks' classes, tiny and untrained
+        phi = dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", blocks=cfg.blocks, image_size=64)
+        cached("phi", lambda: untrained(Backbone, **phi), blocks=cfg.blocks)
+    if cfg.dataset == "imagenet":
+        parts.names = sample.imagenet_names()
+        cached("tokenizer", lambda: untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
+        cached("teacher", lambda: untrained(MaskGIT, num_classes=1000))
+    elif cfg.dataset == "laion":
+        cached("text", lambda: untrained(TextEncoder, width=64, depth=2, heads=1))
+        cached("tokenizer", lambda: untrained(tok.TATiTok, K=64, d=8, L=32, width=(64, 64), depth=(2, 2), text=(77, 64), image_size=64))
+        cached("teacher", lambda: untrained(MaskGen, K=64, L=32, width=64, text_width=64, T=77))
+        parts.captions, parts.names = sample.CAPTIONS, sample.CAPTIONS
+    else:
+        if cfg.dataset == "scenes":
+            parts.captions = tok.world(cfg, "train")[1]
+            cached("text", lambda: untrained(Words))
+        parts.names = tok.world(cfg, "test")[2]
+        cached("tokenizer", lambda: train_tokenizer(cfg, device), steps=cfg.tokenizer_steps)
+        cached("phi", lambda: train_classifier(cfg, device, "phi", 32), steps=cfg.classifier_steps)
+        if cfg.dataset != "scenes":                                              # which has an exact scorer
+            cached("judge", lambda: train_classifier(cfg, device, "judge", 24), steps=cfg.classifier_steps)
+        cached("teacher", lambda: train_teacher(cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps, tokenizer=files["tokenizer"])
+    sample.set_text(parts.text, parts.teacher)
     return parts
 
 
 # ------------------------------------------------------------------------------------------------ distillation
-def make_lift(tokenizer, phi, chunk=None, grid=4):
-    """E[z] -> features (Sec. 3.3): decoder, Phi, one X (B, F, D) per block. Frozen, but gradients pass. F = grid^2 positions.
+class Lift:
+    """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
 
-    chunk   images at a time, nothing kept but their features: the backward pass computes the rest again. Exact, since neither decoder
-            nor Phi looks at more than one image. None: all at once
+    cfg: blocks, grid (F = grid^2 positions), space, and lift_chunk: images at a time, nothing kept but what comes out: the backward
+    pass computes the rest again. Exact, since neither decoder nor Phi looks at more than one image. None: all at once
     """
-    def lift(e):
-        if chunk is None:
-            return lift_all(e)
-        return [torch.cat(block) for block in zip(*(checkpoint(lift_all, part, use_reentrant=False) for part in e.split(chunk)))]
+    def __init__(self, tokenizer, phi, cfg):
+        self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
 
-    def lift_all(e):
-        images = tokenizer.decode(e)                                             # (B, 3, H, W); no clamp: it would stop the gradient
-        X = []
-        for m in phi.maps(images):                                               # (B, D, h, w)
+    def in_chunks(self, f, *inputs):
+        """f, which returns a list of tensors, on `lift_chunk` rows of the inputs at a time."""
+        n = self.cfg.lift_chunk
+        if n is None:
+            return f(*inputs)
+        return [torch.cat(x) for x in zip(*(checkpoint(f, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in inputs))))]
+
+    def decode(self, e, c):
+        """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W); no clamp: it would stop the gradient."""
+        return self.in_chunks(lambda e, c: [self.tokenizer.decode(e, c)], e, c)[0]
+
+    def features(self, images):
+        """Images (B, 3, H, W) -> list of X (B, F, D)."""
+        return self.in_chunks(self.maps, images)
+
+    def maps(self, images):
+        grid, X = self.cfg.grid, []
+        if self.cfg.space == "pixel":                                            # Table 4a: the pixels of each position, nothing learned
+            return [F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2)]
+        maps = self.phi.maps(images)
+        if isinstance(self.phi, ConvNet):                                        # a Backbone chooses its blocks itself
+            maps = [maps[block] for block in self.cfg.blocks]
+        for m in maps:                                                           # (B, D, h, w)
             m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)        # every location weighs the same
             X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))  # (B, F, D)
         return X
-    return lift
 
 
 def save(path, content):
@@ -349,11 +428,59 @@ def save(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def draw_classes(n_classes, cfg, generator):
-    """The batch's condition: batch / per_class different classes, as far as there are that many, per_class of each. -> (B,)"""
-    G = cfg.batch // cfg.per_class
-    picks = torch.cat([torch.randperm(n_classes, generator=generator, device=generator.device) for _ in range(-(-G // n_classes))])[:G]
-    return picks.repeat_interleave(cfg.per_class)
+class Gan:
+    """The discriminator, its optimiser and its real images (Sec. 3.4). Nothing else in the distillation sees a real image."""
+    def __init__(self, cfg, parts, device):
+        self.size = parts.tokenizer.image_size
+        torch.manual_seed(cfg.seed)                                              # of what is random in the discriminator
+        if cfg.dataset in sample.OFFICIAL and not cfg.smoke:
+            self.images = parts.real_files                                       # read when they are needed
+            self.discriminator = load_discriminator(parts.discriminator_files, self.size, device)
+        else:
+            self.images = tok.shapes(torch.arange(240) % 24, 0, size=self.size) if cfg.dataset in sample.OFFICIAL else tok.world(cfg, "train")[0]
+            self.discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
+        self.opt = torch.optim.Adam(self.discriminator.discriminators.parameters(), lr=2e-4, betas=(0.0, 0.99))
+        self.seen, self.weight, self.start = 0, cfg.gan_weight, cfg.gan_start
+
+    def real(self, n, generator):
+        """n random real images (n, 3, H, W) in [-1, 1]."""
+        picks = torch.randint(len(self.images), (n,), generator=generator, device=generator.device).tolist()
+        return tok.to_float(torch.stack([tok.read_image(x, self.size) if isinstance(x, Path) else x for x in (self.images[i] for i in picks)]))
+
+    def add(self, gradient, images, generator):
+        """gradient: of the drift loss at the decoded drafts, images (B, 3, H, W) -> the same with the GAN's added, logs.
+
+        The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then means the same for every network.
+        """
+        gan, logs = fpd.gan_step(self.discriminator, self.opt, images, self.real(len(images), generator).to(images), self.seen, generator)
+        self.seen += len(images)
+        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * len(images) else 0.0
+        logs["gan_scale"] = torch.as_tensor(share)                               # lambda as it stands in the paper's sum
+        return gradient + share * gan, logs
+
+    def state(self):
+        return dict(heads=self.discriminator.state_dict(), opt=self.opt.state_dict(), seen=self.seen)
+
+    def load(self, state):
+        self.discriminator.load_state_dict(state["heads"])
+        self.opt.load_state_dict(state["opt"])
+        self.seen = state["seen"]
+
+    @staticmethod
+    def verdict(logs):
+        """A discriminator that no longer helps, in words, or None. Hinge: real logits want to be above 1, drafts' below -1."""
+        if logs["gan_real"] > 1 and logs["gan_fake"] < -1:
+            return "the discriminator wins: it tells every draft from every real image; a smaller --gan-weight or a later --gan-start may help"
+        if abs(logs["gan_real"] - logs["gan_fake"]) < 0.02:
+            return "the discriminator is lost: real images and drafts look the same to it"
+
+
+def draw_condition(parts, cfg, generator):
+    """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
+    G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
+    picks = torch.cat([torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-G // n))])[:G]
+    c = parts.text.encode([parts.captions[i] for i in picks]) if parts.text else picks      # each caption once, however many drafts it gets
+    return c.repeat_interleave(cfg.per_class, 0)
 
 
 def learning_rate(step, cfg):
@@ -362,20 +489,25 @@ def learning_rate(step, cfg):
     return cfg.lr * min(1, step / cfg.warmup) * (1 - math.cos(math.pi * min(1, left))) / 2
 
 
-def memory(student, parts, cfg, half):
+def memory(student, parts, cfg, half, c):
     """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
 
-    The last is counted on one image and on two. Their difference is an image's share; the rest (the weights, as bf16 under autocast,
-    too) does not grow. Buffers that live for a moment come on top.
+    The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
+    bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
     """
-    E, lift = parts.tokenizer.E, make_lift(parts.tokenizer, parts.phi)
+    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
+    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
+    if parts.text:
+        networks.append(parts.text)
+    counted = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
 
     def kept(forward, B):
-        """Bytes that the backward pass of forward(B) would keep."""
+        """Bytes that the backward pass of forward(B) would keep, besides the weights."""
         storages = {}
 
         def pack(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            if t.untyped_storage().data_ptr() not in counted:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
             alive = forward(B)                                                   # else memory would be freed, and counted twice
@@ -383,14 +515,12 @@ def memory(student, parts, cfg, half):
         return sum(storages.values())
 
     def draft(B):
-        z = torch.full((B, student.L), student.K, device=E.device)
-        return student(z, z[:, 0] * 0)
+        return student(torch.full((B, student.L), student.K, device=E.device), c[:B])
 
     def lifted(B):
-        return lift(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_())
+        return lift.features(lift.decode(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_(), c[:B]))
 
     (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
-    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
     fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
     images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
     return (fixed + images) / 1e9
@@ -403,8 +533,10 @@ def distil(cfg, parts, folder, device):
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed)                    # all randomness of the distillation
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
-    lift, E, start = make_lift(parts.tokenizer, parts.phi, cfg.lift_chunk), parts.tokenizer.E, 0
-    print(f"memory: about {memory(student, parts, cfg, half):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
+    lift, E, start = Lift(parts.tokenizer, parts.phi, cfg), parts.tokenizer.E, 0
+    c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
+    gan = Gan(cfg, parts, device) if cfg.gan_weight else None
+    print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
         saved = sample.read_checkpoint(folder)
         start = saved["step"]
@@ -414,11 +546,14 @@ def distil(cfg, parts, folder, device):
         ema.load_state_dict(saved["ema"])
         opt.load_state_dict(saved["opt"])
         generator.set_state(saved["rng"])
+        if gan and saved.get("gan"):                                             # none in a run that began without
+            gan.load(saved["gan"])
 
     def save_state(step):
         save(folder / "checkpoint.pt", dict(
             format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
-            student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=generator.get_state()))
+            student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=generator.get_state(),
+            gan=gan.state() if gan else None))
 
     interrupted, before = [], signal.getsignal(signal.SIGINT)
 
@@ -433,13 +568,18 @@ def distil(cfg, parts, folder, device):
         for step in bar:
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg)
-            c = draw_classes(len(parts.names), cfg, generator).to(device)        # (B,)
+            c = draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
             with half:
-                loss, logs = fpd.fpd_step(student, parts.teacher, lift, E, c, cfg, generator)
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
+                loss, logs, images = fpd.fpd_step(student, parts.teacher, lift, E, c, cfg, generator)
+            gradient, = torch.autograd.grad(loss, images)
+            if gan:
+                with half:
+                    gradient, gan_logs = gan.add(gradient, images, generator)
+                logs |= gan_logs
+            images.backward(gradient)
             logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
             opt.step()
+            opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
             decay = min(cfg.ema, (1 + step) / (10 + step))                       # the ramp forgets the teacher's first drafts
             with torch.no_grad():
                 for p, q in zip(ema.parameters(), student.parameters()):
@@ -449,6 +589,8 @@ def distil(cfg, parts, folder, device):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{row['loss']:.3f}", entropy=f"{row['entropy']:.2f}")
+                if gan and gan.verdict(row):
+                    tqdm.write(f"step {step}: {gan.verdict(row)}")
                 if not torch.isfinite(loss):
                     raise ValueError(f"the loss is {row['loss']} at step {step}: {row}; the last good state is {folder / 'checkpoint.pt'}")
             if step % cfg.sample_every == 0:
@@ -467,11 +609,11 @@ def distil(cfg, parts, folder, device):
 
 def sample_sheet(cfg, parts, student, path):
     """Teacher in 16 steps, teacher in 1, student in 1: the same labels and captions."""
-    c = sample.shown_classes(cfg, len(parts.names))
+    c, captions = sample.shown(parts)
     rows = [(title, sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed))
             for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1), ("student 1", student, 0))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sample.sheet(rows, [parts.names[i] for i in c]).save(path)
+    sample.sheet(rows, captions).save(path)
 
 
 def run_folder(cfg):
@@ -495,7 +637,7 @@ def main():
     cfg = parse()
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
     folder = run_folder(cfg)
-    if cfg.dataset != "imagenet" and len(tok.world(cfg, "test")[0]) < 4:             # bad --data should end here, before anything is written
+    if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:               # bad --data should end here, before anything is written
         raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept for the report")
     print(f"run {folder} on {device}, torch {torch.__version__}, python {platform.python_version()}")
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
@@ -509,9 +651,9 @@ def main():
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     distil(cfg, parts, folder, device)
     distilled = time.time()
-    if cfg.dataset == "imagenet":
+    if cfg.dataset in sample.OFFICIAL:
         print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f} | pictures: {folder / 'samples'}/ | "
-              f"scores: python evaluate.py --run {folder} --reference FILE")
+              f"scores: python evaluate.py --run {folder} " + ("--reference FILE" if cfg.dataset == "imagenet" else "--geneval --prompts FILE"))
     else:
         images, labels, _ = tok.world(cfg, "test")
         evaluate.report(sample.load_run(folder, device), (images, labels), folder, seed=cfg.seed, n=48 if cfg.smoke else 960)

@@ -3,7 +3,9 @@
 No weights are stored there. Every weight is generated from its official key, so a network that loads the official key names
 strictly can be checked at full size: case.weights() -> load -> case.inputs -> case.check(name, output).
 """
+import contextlib
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -39,20 +42,25 @@ def command(line, cwd):
     return subprocess.run(command_line(line), cwd=cwd, capture_output=True, text=True)
 
 
-def in_process(line, cwd, monkeypatch, capfd):
-    """The same without a new process, which takes seconds to import everything. -> exit code (0 at the end of main), stderr"""
+def in_process(line, cwd):
+    """The same without a new process, which takes seconds to import everything."""
     from sample import run_command
-    _, script, *arguments = command_line(line)
-    module = importlib.import_module(Path(script).stem)
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    capfd.readouterr()
-    try:
-        run_command(module.main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, capfd.readouterr().err
+    words, out, err, code = command_line(line), io.StringIO(), io.StringIO(), 0
+    module = importlib.import_module(Path(words[1]).stem)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", words[1:])
+        try:
+            run_command(module.main)
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def refused(done, *words, lines=1):
+    """A mistake of the user's: exit code 2 and one line of error (or one for each missing part), with these words in it."""
+    assert done.returncode == 2 and done.stderr.count("\n") == lines and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()) and all(word in done.stderr for word in words), done.stderr
 
 
 def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):

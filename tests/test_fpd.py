@@ -178,29 +178,16 @@ def test_without_guidance_the_unconditional_half_is_not_computed():
     assert [len(seen) for seen in teacher.seen] == [3, 6]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 40])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_refinement_fills_what_is_hidden_and_keeps_the_rest(steps, per_image):
+def test_refinement_fills_what_is_hidden_and_keeps_the_rest(per_image):
     teacher, c = tiny(), torch.arange(6) % CLASSES
     z = torch.randint(K, (6, L), generator=gen())
     z_masked, is_masked = fpd.remask(z, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0]), K, gen())
     before = z_masked.clone()
-    z_ref = fpd.refine(teacher, z_masked, c, 2.0, generators(0, 0, 6, "cpu") if per_image else gen(), steps)
+    z_ref = fpd.refine(teacher, z_masked, c, 2.0, generators(0, 0, 6, "cpu") if per_image else gen())
     assert torch.equal(z_ref[~is_masked], z[~is_masked])
     assert z_ref.dtype == torch.long and z_ref.min() >= 0 and z_ref.max() < K
     assert torch.equal(z_masked, before)
-
-
-def test_refinement_in_steps_reveals_few_tokens_first_and_never_changes_its_mind():
-    """The hidden share falls along a quarter cosine, MaskGIT's own schedule."""
-    teacher = Recorder(tiny())
-    z_masked, is_masked = fpd.remask(torch.zeros(5, L, dtype=torch.long), torch.tensor([0.25, 0.5, 0.5, 0.75, 1.0]), K, gen())
-    z_ref = fpd.refine(teacher, z_masked, torch.zeros(5, dtype=torch.long), 1.0, gen(), steps=4)
-    hidden = torch.stack([(z == K).sum(1) for z in teacher.seen])                # (steps, B)
-    share = torch.cos(torch.arange(4) / 4 * torch.pi / 2)[:, None]
-    assert (hidden - is_masked.sum(1) * share).abs().max() <= 0.5
-    for z in teacher.seen:
-        assert torch.equal(z[z < K], z_ref[z < K])
 
 
 def test_refinement_samples_the_teachers_distribution():
@@ -351,30 +338,41 @@ def test_only_drafts_of_one_class_are_compared():
     assert torch.equal(fpd.per_class_groups(X, 6), X)                            # one class: nothing to fold
 
 
+class Lift(train.Lift):
+    """Remembers the code embeddings that it decodes: in a step those of the refinements first, then those of the drafts."""
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
+    def decode(self, e, c):
+        self.seen.append(e.detach())
+        return super().decode(e, c)
+
+
 class System:
     """Everything that fpd_step needs, tiny, frozen as load_part freezes it; only the student learns."""
     def __init__(self, **settings):
-        self.cfg = train.Config(**{**dict(batch=8, per_class=4), **settings})
+        self.cfg = train.Config(**{**dict(batch=8, per_class=4, blocks=(0, 1, 2, 3)), **settings})
         torch.manual_seed(0)
         self.vq = VQGAN(K=K, d=4, ch=4, ch_mult=(1, 2, 2), z_channels=8, groups=2, image_size=16).eval().requires_grad_(False)
         self.phi = ConvNet(num_classes=CLASSES, width=4).eval().requires_grad_(False)
         self.teacher, self.student = tiny(1), tiny(2).requires_grad_(True)
-        self.lift, self.c = train.make_lift(self.vq, self.phi), torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
+        self.lift, self.c = Lift(self.vq, self.phi, self.cfg), torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
 
     def step(self, seed=0):
         return fpd.fpd_step(self.student, self.teacher, self.lift, self.vq.E, self.c, self.cfg, gen(seed))
 
 
 @pytest.mark.parametrize("settings", [{}, dict(estimator="soft"), dict(affinity="apart"), dict(self_negative=True),
-                                      dict(affinity="apart", self_negative=True), dict(refine_steps=3), dict(teacher_cfg=1.0),
+                                      dict(affinity="apart", self_negative=True), dict(far=0.25, refine_steps=3), dict(teacher_cfg=1.0),
                                       dict(per_class=8), dict(per_class=2), dict(bandwidths=(0.1,)), dict(init_mask=1.0),
                                       dict(draft_temperature=0.5), dict(remask_min=0.0, remask_max=1.0)], ids=str)
 def test_a_step_gives_a_finite_loss_and_only_the_student_gets_gradient(settings):
     system = System(**settings)
     system.teacher.requires_grad_(True)                                          # even then: the refinement is a constant
     frozen = {name: value.clone() for net in (system.vq, system.phi, system.teacher) for name, value in net.state_dict().items()}
-    loss, logs = system.step()
-    assert loss.ndim == 0 and loss.isfinite() and loss > 0
+    loss, logs, images = system.step()
+    assert loss.ndim == 0 and loss.isfinite() and loss > 0 and images.shape == (8, 3, 16, 16)
     loss.backward()
     for p in system.student.parameters():
         assert p.grad is not None and p.grad.isfinite().all()
@@ -390,8 +388,22 @@ def test_a_step_gives_a_finite_loss_and_only_the_student_gets_gradient(settings)
     assert all(-1 <= logs[f"cos_{h:g}"] <= 1 for h in system.cfg.bandwidths)
 
 
+def test_all_of_the_gradient_passes_through_the_decoded_drafts():
+    """So that the GAN's can be added there: the loop stops at the images and goes on from them."""
+    gradients = []
+    for halfway in (False, True):
+        system = System()
+        loss, _, images = system.step()
+        if halfway:
+            images.backward(torch.autograd.grad(loss, images)[0])
+        else:
+            loss.backward()
+        gradients.append([p.grad for p in system.student.parameters()])
+    assert all(torch.equal(whole, parts) for whole, parts in zip(*gradients, strict=True))
+
+
 def test_the_loss_is_the_sum_of_the_logged_rms_over_bandwidths_and_blocks():
-    loss, logs = System().step()
+    loss, logs, _ = System().step()
     assert loss.item() == pytest.approx(4 * sum(logs[f"rms_{h:g}"].item() for h in (0.02, 0.05, 0.2)), rel=1e-5)    # 4 blocks, logged as means
 
 
@@ -402,23 +414,19 @@ def test_all_randomness_of_a_step_comes_from_its_generator():
 
 def test_the_decoder_sees_codes_with_ste_and_mixtures_without():
     for estimator in ("ste", "soft"):
-        system, seen = System(estimator=estimator), []
-        lift = system.lift
-        system.lift = lambda e: seen.append(e.detach()) or lift(e)
+        system = System(estimator=estimator)
         system.step()
-        is_code = [(e[:, :, None] == system.vq.E).all(-1).any(-1).all().item() for e in seen]
+        is_code = [(e[:, :, None] == system.vq.E).all(-1).any(-1).all().item() for e in system.lift.seen]
         assert is_code == [True, estimator == "ste"]                             # the refinement first, then the draft
 
 
 def test_the_teacher_sees_the_draft_with_a_part_hidden():
     """Student-driven refinement (Table 3b): what is visible to the teacher are the student's own tokens."""
-    system, seen = System(), []
+    system = System()
     system.teacher = Recorder(system.teacher)
-    lift = system.lift
-    system.lift = lambda e: seen.append(e.detach()) or lift(e)
     system.step()
     z, = (z[:8] for z in system.teacher.seen)                                    # one pass; guidance doubles the batch
-    z_hat = (seen[1][:, :, None] == system.vq.E).all(-1).float().argmax(-1)
+    z_hat = (system.lift.seen[1][:, :, None] == system.vq.E).all(-1).float().argmax(-1)
     hidden = (z == K).sum(1)
     agrees = ((z[:, None] == z_hat) | (z[:, None] == K)).all(-1)                 # (B, B): the teacher gets the drafts in any order
     assert agrees.any(0).all() and agrees.any(1).all() and hidden.min() >= 1 and hidden.max() <= round(0.9 * L)
@@ -426,15 +434,13 @@ def test_the_teacher_sees_the_draft_with_a_part_hidden():
 
 def test_every_setting_of_the_method_reaches_its_place():
     """init_mask, draft_temperature, remask_min and _max, teacher_cfg, far, refine_steps: seen from the networks' side."""
-    system, embedded = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6, teacher_cfg=3.0, far=0.25,
-                              refine_steps=2), []
-    system.student, system.teacher, lift = Recorder(system.student), Recorder(system.teacher), system.lift
-    system.lift = lambda e: embedded.append(e.detach()) or lift(e)
+    system = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6, teacher_cfg=3.0, far=0.25, refine_steps=2)
+    system.student, system.teacher = Recorder(system.student), Recorder(system.teacher)
     system.step()
     z_init, = system.student.seen
     assert ((z_init == K).sum(1) == 8).all()
-    assert torch.equal(embedded[1], system.vq.E[system.student.net(z_init, system.c).argmax(-1)])          # cold: the surest codes
-    assert [len(z) for z in system.teacher.seen] == [12, 4, 4]                   # one pass for 6 of 8 drafts, two for the far ones; doubled
+    assert torch.equal(system.lift.seen[1], system.vq.E[system.student.net(z_init, system.c).argmax(-1)])          # cold: the surest codes
+    assert [len(z) for z in system.teacher.seen] == [12, 2, 4]                   # one guided pass for 6 of 8 drafts; the sampler for the far ones
     hidden = (system.teacher.seen[0] == K).sum(1)
     assert hidden.min() >= 8 and hidden.max() <= 10
     assert (system.teacher.seen[1] == K).all()
@@ -449,7 +455,7 @@ def test_the_four_forms_of_the_drift_and_the_grouping_are_different_losses():
 def test_lifted_features_are_sixteen_positions_of_four_blocks_and_pass_gradient():
     system = System()
     e = torch.randn(3, L, 4, generator=gen(), requires_grad=True)
-    X = system.lift(e)
+    X = system.lift.features(system.lift.decode(e, None))
     assert [tuple(x.shape) for x in X] == [(3, 16, 4), (3, 16, 8), (3, 16, 8), (3, 16, 16)]
     for x in X:
         gradient, = torch.autograd.grad(x.pow(2).sum(), e, retain_graph=True)
@@ -462,7 +468,7 @@ def test_a_student_that_equals_its_refinements_has_nothing_to_learn():
     with torch.no_grad():
         for net in (system.student, system.teacher):
             net.bias[:, 3] += 1e4
-    loss, logs = system.step()
+    loss, logs, _ = system.step()
     loss.backward()
     assert loss.item() < 1e-4 and logs["changed"] == 0 and logs["codes_used"] == 1 and logs["entropy"] < 1e-6
     assert all(p.grad.abs().max() < 1e-6 for p in system.student.parameters())

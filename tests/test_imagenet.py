@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, golden_fill, in_process, load_case, official_files
+from conftest import command, golden_fill, in_process, load_case, official_files, refused
 from PIL import Image
 
 import evaluate
@@ -53,7 +53,7 @@ def test_smoke_run_and_its_golden_retrievers(smoke):
         assert (run / name).is_file(), name
     assert "Nothing was learnt" in done.stdout and "GB" in done.stdout and "estimate" in done.stdout
     for words in ("--class 207 --out number.png", ["--class", "golden retriever", "--out", "name.png"]):
-        done = command(["sample.py", *(words.split() if isinstance(words, str) else words), "--n", "2"], folder)
+        done = in_process(["sample.py", *(words.split() if isinstance(words, str) else words), "--n", "2"], folder)
         assert done.returncode == 0, done.stderr
         assert "golden retriever" in done.stdout and "weights are random" in done.stdout
     assert (folder / "number.png").read_bytes() == (folder / "name.png").read_bytes()
@@ -79,7 +79,8 @@ def test_lifting_in_chunks_is_exact():
     results = []
     for chunk in (None, 2):
         x = e.clone().requires_grad_()
-        X = train.make_lift(vq, phi, chunk)(x)
+        lift = train.Lift(vq, phi, train.Config(lift_chunk=chunk))
+        X = lift.features(lift.decode(x, torch.zeros(5)))
         sum(block.square().mean() * (i + 1) for i, block in enumerate(X)).backward()
         results.append([*X, x.grad])
     for whole, parts in zip(*results, strict=True):
@@ -90,14 +91,16 @@ def test_the_estimate_of_memory_counts_weights_and_images():
     cfg, half = train.Config(batch=2), torch.autocast("cpu", torch.bfloat16, enabled=False)
     parts = train.types.SimpleNamespace(tokenizer=tokenizer.VQGAN(ch_mult=(1, 1, 2, 2), image_size=64).requires_grad_(False),
                                         phi=models.Backbone("test_vit", (0, 2, 3, 5), 64).eval().requires_grad_(False),
-                                        teacher=models.MaskGIT(num_classes=1000).requires_grad_(False))
+                                        teacher=models.MaskGIT(num_classes=1000).requires_grad_(False), text=None)
     student = models.MaskGIT(num_classes=1000)
     def estimate(**change):
-        return train.memory(student, parts, train.dataclasses.replace(cfg, **change), half)
-    weights = sum(p.numel() * 4 for network in [student] * 5 + list(vars(parts).values()) for p in network.parameters()) / 1e9
+        return train.memory(student, parts, train.dataclasses.replace(cfg, **change), half, torch.tensor([207, 88]))
+    weights = sum(p.numel() * 4 for network in [student] * 5 + list(filter(None, vars(parts).values())) for p in network.parameters()) / 1e9
     assert weights < estimate() < estimate(batch=8)
     assert estimate(batch=14) - estimate(batch=8) == pytest.approx(estimate(batch=8) - estimate(), rel=1e-6)
     assert estimate(lift_chunk=2) == estimate() and estimate(batch=8, lift_chunk=2) < estimate(batch=8)
+    without, parts.text = estimate(), torch.nn.Linear(999, 1000)                 # any text encoder: its weights count, too
+    assert estimate() - without == pytest.approx(4e6 / 1e9, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ official files
@@ -106,48 +109,45 @@ def test_official_files_train_and_sample(narrow, tmp_path):
     (tmp_path / "weights").mkdir()
     for name in ("last.ckpt", "MaskGIT_ImageNet_256.pth"):
         shutil.copy(narrow / name, tmp_path / "weights")
-    done = command(f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --backbone-weights {narrow / TINY_BACKBONE}.safetensors "
-                   "--steps 2 --batch 4 --per-class 2 --lift-chunk 2 --log-every 1", tmp_path)
+    done = in_process(f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --backbone-weights {narrow / TINY_BACKBONE}.safetensors "
+                      "--steps 2 --batch 4 --per-class 2 --lift-chunk 2 --log-every 1", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for words in ("loading teacher from weights/MaskGIT_ImageNet_256.pth", "M parameters", "evaluate.py --run"):
         assert words in done.stdout
     assert len((tmp_path / "runs/imagenet/log.jsonl").read_text().splitlines()) == 2
     shutil.rmtree(tmp_path / "weights")
-    done = command("sample.py --class 207 --n 1", tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: no weights for tokenizer") and done.stderr.count("\n") == 1
-    done = command(f"sample.py --class 207 --n 1 --tokenizer-weights {narrow / 'last.ckpt'}", tmp_path)
+    refused(in_process("sample.py --class 207 --n 1", tmp_path), "error: no weights for tokenizer")
+    done = in_process(f"sample.py --class 207 --n 1 --tokenizer-weights {narrow / 'last.ckpt'}", tmp_path)
     assert done.returncode == 0 and "student, 1 step (trained for 2 steps) | golden retriever" in done.stdout, done.stderr
     assert "random" not in done.stdout and picture(tmp_path / "sample.png").shape[0] > 256
 
 
-def test_the_public_teacher_and_a_student_of_others_need_no_run(narrow, tmp_path, monkeypatch, capfd):
+def test_the_public_teacher_and_a_student_of_others_need_no_run(narrow, tmp_path):
     """A Di[M]O generator is a bare MaskGIT state. Its share of masked tokens matters."""
     (tmp_path / "weights").symlink_to(narrow)
-    assert in_process("sample.py --class 207 --teacher --steps 2 --n 1 --out teacher.png", tmp_path, monkeypatch, capfd)[0] == 0
+    assert in_process("sample.py --class 207 --teacher --steps 2 --n 1 --out teacher.png", tmp_path).returncode == 0
     state = tokenizer.read_weights(narrow / "MaskGIT_ImageNet_256.pth", "MaskGIT")
     torch.save(state, tmp_path / "pytorch_model.bin")
     for name, words in (("given", "--init-mask 0.6"), ("default", ""), ("other", "--init-mask 0.9")):
         line = f"sample.py --student pytorch_model.bin --class 207 --n 1 --out {name}.png {words}".strip()
-        assert in_process(line, tmp_path, monkeypatch, capfd)[0] == 0
+        assert in_process(line, tmp_path).returncode == 0
     given, default, other = (picture(tmp_path / f"{name}.png") for name in ("given", "default", "other"))
     assert (given == default).all() and (given != other).any()
 
 
-def test_every_missing_file_is_listed_at_once(tmp_path, monkeypatch, capfd):
-    code, err = in_process("train.py --dataset imagenet", tmp_path, monkeypatch, capfd)
-    lines = err.splitlines()
-    assert code == 2 and len(lines) == 3 and not list(tmp_path.iterdir())
+def test_every_missing_file_is_listed_at_once(tmp_path):
+    done = in_process("train.py --dataset imagenet", tmp_path)
+    refused(done, lines=3)
+    assert not list(tmp_path.iterdir())
     hub = "llvictorll/Maskgit-pytorch"
     expected = [("tokenizer", "pretrained_maskgit/VQGAN/last.ckpt", hub),
                 ("teacher", "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth", hub),
                 ("backbone", "model.safetensors", "timm/vit_base_patch16_dinov3.lvd1689m")]
-    for line, (part, file, repo) in zip(lines, expected):
+    for line, (part, file, repo) in zip(done.stderr.splitlines(), expected):
         assert line.startswith(f"error: no weights for {part}") and file in line and repo in line
         assert "weights/" in line and f"--{part}-weights" in line
-    code, err = in_process("sample.py --class 207 --teacher", tmp_path, monkeypatch, capfd)
-    assert code == 2 and [line.split(":")[1] for line in err.splitlines()] == [" no weights for tokenizer", " no weights for teacher"]
-    code, err = in_process("train.py --dataset imagenet --backbone nonsense", tmp_path, monkeypatch, capfd)
-    assert code == 2 and "'nonsense' is not a network" in err and err.count("\n") == 3
+    refused(in_process("sample.py --class 207 --teacher", tmp_path), "no weights for tokenizer", "no weights for teacher", lines=2)
+    refused(in_process("train.py --dataset imagenet --backbone nonsense", tmp_path), "'nonsense' is not a network", lines=3)
 
 
 class Malicious:
@@ -161,7 +161,7 @@ class Malicious:
 @pytest.mark.parametrize("part, file", [("tokenizer", "last.ckpt"), ("teacher", "MaskGIT_ImageNet_256.pth"),
                                         ("backbone", f"{TINY_BACKBONE}.safetensors")])
 @pytest.mark.parametrize("fault", ["absent", "cut", "pointer", "malicious", "shape", "key"])
-def test_bad_files_end_in_one_line(narrow, tmp_path, monkeypatch, capfd, part, file, fault):
+def test_bad_files_end_in_one_line(narrow, tmp_path, part, file, fault):
     (tmp_path / "weights").mkdir()
     for other in narrow.iterdir():
         (tmp_path / "weights" / other.name).symlink_to(other)
@@ -178,18 +178,16 @@ def test_bad_files_end_in_one_line(narrow, tmp_path, monkeypatch, capfd, part, f
         value = state.pop(key)
         bad = bad.with_suffix(".pt")
         torch.save(state if fault == "key" else state | {key: value[:-1]}, bad)
-    code, err = in_process(f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --{part}-weights {bad}", tmp_path, monkeypatch, capfd)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and bad.name in err, err
+    refused(in_process(f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --{part}-weights {bad}", tmp_path), bad.name)
     assert not (tmp_path / "marker").exists() and not (tmp_path / "runs").exists()
 
 
-def test_networks_that_do_not_belong_together_are_refused(narrow, tmp_path, monkeypatch, capfd):
+def test_networks_that_do_not_belong_together_are_refused(narrow, tmp_path):
     state = tokenizer.read_weights(narrow / "MaskGIT_ImageNet_256.pth", "MaskGIT")
     state["tok_emb.weight"], state["bias"] = state["tok_emb.weight"][1:], state["bias"][:, 1:]
     torch.save(state, tmp_path / "other.bin")
     line = f"sample.py --student other.bin --tokenizer-weights {narrow / 'last.ckpt'}"
-    code, err = in_process(line, tmp_path, monkeypatch, capfd)
-    assert code == 2 and "256 tokens of 63 codes, the tokenizer has 256 of 64" in err and err.count("\n") == 1
+    refused(in_process(line, tmp_path), "256 tokens of 63 codes, the tokenizer has 256 of 64")
 
 
 @pytest.mark.slow
@@ -223,10 +221,10 @@ def scored(tmp_path_factory):
     return folder
 
 
-def test_scores_of_a_folder(scored, monkeypatch, capfd):
+def test_scores_of_a_folder(scored):
     """The same images against themselves: distance 0, everything precise and recalled; mu and sigma alone give no precision."""
     line = "evaluate.py --folder png --images 12 --inception-weights inception.pth --inception-path legacy --reference "
-    assert in_process(line + "adm.npz", scored, monkeypatch, capfd)[0] == 0
+    assert in_process(line + "adm.npz", scored).returncode == 0
     report = json.loads((scored / "report.json").read_text())
     (row,), protocol = report["rows"], report["protocol"]
     assert row["fid"] == row["fd"] == pytest.approx(0, abs=1e-3) and (row["precision"], row["recall"]) == (1, 1)
@@ -237,16 +235,16 @@ def test_scores_of_a_folder(scored, monkeypatch, capfd):
                                    lambda x: evaluate.load_inception(scored / "inception.pth")(x, path="legacy"))
     mu, sigma = evaluate.statistics(features)
     np.savez(scored / "statistics.npz", mu=mu + 0.1, sigma=sigma)
-    assert in_process(line + "statistics.npz", scored, monkeypatch, capfd)[0] == 0
+    assert in_process(line + "statistics.npz", scored).returncode == 0
     (row,) = json.loads((scored / "report.json").read_text())["rows"]
     assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
 
 
-def test_scores_of_a_run(scored, smoke, monkeypatch, capfd):
+def test_scores_of_a_run(scored, smoke):
     """Teacher and student, straight from the generator; the protocol is stored beside the scores."""
     folder, _ = smoke
     line = f"evaluate.py --reference {scored / 'png'} --inception-weights {scored / 'inception.pth'} --images 11 --batch 4 --steps 2 --seed 3"
-    assert in_process(line, folder, monkeypatch, capfd)[0] == 0
+    assert in_process(line, folder).returncode == 0
     report = json.loads((folder / "runs/imagenet-smoke/report.json").read_text())
     assert [(row["model"], row["steps"]) for row in report["rows"]] == [("teacher", 2), ("student", 1)]
     for row in report["rows"]:
@@ -265,15 +263,13 @@ def test_scores_of_a_run(scored, smoke, monkeypatch, capfd):
     ("--folder png --images 12 --inception-weights no.pth", "--inception-weights no.pth: no such file"),
     ("--folder png --images 12 --inception-weights adm.npz", "adm.npz"),
     ("--folder png --images 12 --inception-weights", "expected one argument")])
-def test_wrong_requests_for_scores_end_in_one_line(scored, monkeypatch, capfd, words, says):
+def test_wrong_requests_for_scores_end_in_one_line(scored, words, says):
     line = "evaluate.py --reference adm.npz " + words if "--inception" in words else \
         "evaluate.py --reference adm.npz --inception-weights inception.pth " + words
-    code, err = in_process(line, scored, monkeypatch, capfd)
-    assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1, err
+    refused(in_process(line, scored), says)
 
 
-def test_inception_and_reference_are_asked_for(scored, smoke, tmp_path, monkeypatch, capfd):
-    code, err = in_process(f"evaluate.py --reference {scored / 'png'} --folder {scored / 'png'} --images 12", tmp_path, monkeypatch, capfd)
-    assert code == 2 and "pt_inception-2015-12-05-6726825d.pth" in err and "pytorch-fid" in err and "weights/" in err and err.count("\n") == 1
-    code, err = in_process("evaluate.py", smoke[0], monkeypatch, capfd)
-    assert code == 2 and "imagenet needs --reference" in err and err.count("\n") == 1
+def test_inception_and_reference_are_asked_for(scored, smoke, tmp_path):
+    refused(in_process(f"evaluate.py --reference {scored / 'png'} --folder {scored / 'png'} --images 12", tmp_path),
+            "pt_inception-2015-12-05-6726825d.pth", "pytorch-fid", "weights/")
+    refused(in_process("evaluate.py", smoke[0]), "imagenet needs --reference")

@@ -9,6 +9,7 @@ from conftest import golden_fill, load_case
 from PIL import Image
 
 import evaluate
+import models
 
 METRICS = load_case("metrics", "cases").info
 
@@ -192,7 +193,7 @@ def test_inception_legacy_path_equals_torch_fidelity(inception, name):
     """TensorFlow's resize and scaling, logits without bias."""
     case = load_case("inception_fid", "torch_fidelity_variant")
     features, logits = inception(images(name), path="legacy")
-    case.check(f"resized_{name}", evaluate.resize_tensorflow1(images(name).float(), 299))
+    case.check(f"resized_{name}", models.resize_tensorflow1(images(name).float(), 299))
     case.check(f"pool3_{name}", features)
     case.check(f"logits_unbiased_{name}", logits)
     case.check(f"logits_{name}", logits + inception.fc.bias)

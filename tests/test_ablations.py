@@ -1,0 +1,269 @@
+"""The switches of the paper's ablations (Tables 3 and 4) and its optional GAN (Sec. 3.4): each does what it says."""
+import json
+import types
+
+import pytest
+import torch
+from conftest import in_process
+from PIL import Image
+from test_fpd import System, gen, tiny
+
+import evaluate
+import fpd
+import models
+import tokenizer
+import train
+
+
+# ------------------------------------------------------------------------------------------------ Table 3: what is refined
+@pytest.mark.parametrize("far", [0.0, 0.25])
+def test_a_random_draft_makes_the_refinement_independent_of_the_student(far):
+    """Table 3b. With the student's own draft, what the teacher returns depends on the student."""
+    same = []
+    for draft in ("random", "student"):
+        refinements = []
+        for seed in (2, 3):
+            system = System(draft=draft, far=far)
+            system.student = tiny(seed).requires_grad_(True)
+            loss, _, _ = system.step()
+            refinements.append(system.lift.seen[0])
+            assert loss.isfinite() and torch.autograd.grad(loss, system.student.bias)[0].abs().max() > 0
+        same.append(torch.equal(*refinements))
+    assert same == [True, False]
+
+
+def test_a_random_draft_is_uniform_and_leaves_the_students_draft_as_it_is():
+    systems = [System(draft=draft, remask_min=0.0, remask_max=0.01) for draft in ("random", "student")]    # nearly nothing is hidden
+    for system in systems:
+        system.step()
+    refinement, draft = systems[0].lift.seen
+    assert torch.equal(draft, systems[1].lift.seen[1])
+    assert (refinement == draft).all(-1).float().mean() < 0.4                    # a code in eight agrees by chance
+    assert (systems[1].lift.seen[0] == draft).all(-1).float().mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------------------ Table 4: where it is compared
+def images_of(system):
+    return system.lift.decode(system.vq.E[torch.randint(8, (3, 16), generator=gen())], None)             # (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("grid", [1, 4, 8])
+def test_pixel_space_is_the_pixels_of_each_position(grid):
+    """Table 4a: one "block" of F = grid^2 positions, each with all of its pixels, in no network's hands."""
+    system = System(space="pixel", grid=grid)
+    images, n = images_of(system), 16 // grid
+    system.lift.phi = None
+    X, = system.lift.features(images)
+    assert X.shape == (3, grid ** 2, 3 * n * n)
+    for i in range(grid):
+        for j in range(grid):
+            assert torch.equal(X[:, grid * i + j].view(3, 3, n, n), images[:, :, n * i:n * (i + 1), n * j:n * (j + 1)])
+    loss, logs, _ = system.step()
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(logs[f"rms_{h:g}"].item() for h in (0.02, 0.05, 0.2)), rel=1e-5)      # one block
+    assert all(p.grad.isfinite().all() for p in system.student.parameters())
+
+
+def test_blocks_are_picked_by_number():
+    every, some = System(), System(blocks=(1, 3))
+    whole, part = (system.lift.features(images_of(system)) for system in (every, some))
+    assert len(part) == 2 and torch.equal(part[0], whole[1]) and torch.equal(part[1], whole[3])
+    loss, logs, _ = some.step()
+    assert loss.item() == pytest.approx(2 * sum(logs[f"rms_{h:g}"].item() for h in (0.02, 0.05, 0.2)), rel=1e-5)
+
+
+def test_a_grid_of_one_pools_the_positions():
+    """Table 4b: a single position holds the mean of all."""
+    fine, pooled = ([*system.lift.features(images_of(system))] for system in (System(), System(grid=1)))
+    assert [x.shape[1] for x in fine + pooled] == [16] * 4 + [1] * 4
+    for x, y in zip(fine, pooled):
+        torch.testing.assert_close(x.mean(1, keepdim=True), y)
+
+
+@pytest.mark.parametrize("space", ["feature", "pixel"])
+def test_chunks_change_neither_loss_nor_gradient(space):
+    losses, gradients = [], []
+    for chunk in (None, 3):
+        system = System(space=space, lift_chunk=chunk, far=0.25)
+        loss, _, images = system.step()
+        images.backward(torch.autograd.grad(loss, images)[0])                    # as the loop does
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in system.student.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_flags_reach_the_settings():
+    line = "--draft random --space pixel --grid 2 --blocks 1 3 --bandwidths 0.1 --estimator soft --gan-weight 0.5 --gan-start 7"
+    cfg = train.parse(line.split())
+    assert (cfg.draft, cfg.space, cfg.grid, cfg.blocks, cfg.bandwidths, cfg.estimator, cfg.gan_weight, cfg.gan_start) == \
+        ("random", "pixel", 2, (1, 3), (0.1,), "soft", 0.5, 7)
+    names = {name for name in System(bandwidths=cfg.bandwidths).step()[1] if name.startswith("rms_")}
+    assert names == {"rms_0.1"}
+
+
+def test_the_smoke_run_of_official_networks_has_the_asked_blocks_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    phis = [train.prepare(train.parse(["--dataset", "imagenet", "--smoke", *words]), "cpu") for words in ([], ["--blocks", "1", "3"])]
+    assert [parts.phi.blocks for parts in phis] == [[2, 5, 8, 11], [1, 3]] and phis[0].files["phi"] != phis[1].files["phi"]
+
+
+# ------------------------------------------------------------------------------------------------ the GAN
+def make_gan(seed=0, **settings):
+    """-> train.Gan as a small world has it, with an untrained Phi"""
+    torch.manual_seed(0)
+    parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), phi=models.ConvNet(width=4).eval().requires_grad_(False))
+    return train.Gan(train.Config(smoke=True, seed=seed, **{"gan_weight": 0.5, **settings}), parts, "cpu")
+
+
+def some_images(seed=0):
+    """Drafts as the loop has them, (4, 3, 32, 32), and the drift's gradient there."""
+    return torch.randn(4, 3, 32, 32, generator=gen(seed)).requires_grad_(), 1e-3 * torch.randn(4, 3, 32, 32, generator=gen(seed + 100))
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_gans_gradient_is_as_long_as_its_weight_says(weight):
+    """gan_weight times the length of the drift's, whatever the scale of the discriminator; `gan_scale` is the paper's lambda."""
+    gan, (images, gradient) = make_gan(gan_weight=weight), some_images()
+    before = {key: value.clone() for key, value in gan.discriminator.state_dict().items()}
+    phi = {key: value.clone() for key, value in gan.discriminator.networks["phi"].state_dict().items()}
+    total, logs = gan.add(gradient, images, gen())
+    assert ((total - gradient).norm() / gradient.norm()).item() == pytest.approx(weight, rel=1e-4)
+    assert logs.keys() == {"gan_real", "gan_fake", "gan_loss", "gan_scale"} and all(value.ndim == 0 for value in logs.values())
+    moved = {key.split(".")[0] for key, value in gan.discriminator.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"discriminators"}                                           # not the random projections
+    assert all(torch.equal(value, phi[key]) for key, value in gan.discriminator.networks["phi"].state_dict().items())
+    assert images.grad is None and not total.requires_grad and gan.seen == 4
+
+
+def test_the_gans_gradient_lowers_its_loss():
+    gan, (images, gradient) = make_gan(), some_images()
+    total, logs = gan.add(gradient, images, gen())
+    direction = ((total - gradient) / logs["gan_scale"]).detach()                # d L_gan / d images
+
+    def loss(x):
+        """Mean over what the augmentation draws."""
+        return sum(fpd.gan_loss(fpd.gan_logits(gan.discriminator.eval(), x, gen(seed))) for seed in range(8)).item()
+    step = 20 * direction / direction.norm()
+    assert loss(images - step) < loss(images + step)
+
+
+def test_the_gan_reaches_the_student():
+    """Through decoder and straight-through estimator (Eq. 8): its gradient is not the drift's alone."""
+    gradients = []
+    for weight in (0.0, 0.5):
+        system = System()
+        system.vq.image_size = 16
+        parts, cfg = types.SimpleNamespace(tokenizer=system.vq, phi=system.phi), train.Config(dataset="imagenet", smoke=True, gan_weight=weight)
+        loss, _, images = system.step()
+        gradient, = torch.autograd.grad(loss, images)
+        if weight:
+            gradient, _ = train.Gan(cfg, parts, "cpu").add(gradient, images, gen())
+        images.backward(gradient)
+        gradients.append(system.student.tok_emb.weight.grad)
+    alone, both = gradients
+    assert both.isfinite().all() and 0.1 < (both - alone).norm() / alone.norm() < 10
+    assert all(p.grad is None for net in (system.vq, system.phi, system.teacher) for p in net.parameters())
+
+
+def test_the_gan_only_watches_during_its_first_steps():
+    gan, seen = make_gan(gan_start=2), []
+    for step in range(4):
+        images, gradient = some_images(step)
+        before = {key: value.clone() for key, value in gan.discriminator.state_dict().items()}
+        total, logs = gan.add(gradient, images, gen(step))
+        seen.append((torch.equal(total, gradient), logs["gan_scale"].item() == 0))
+        assert any(not torch.equal(value, before[key]) for key, value in gan.discriminator.state_dict().items())
+    assert seen == [(True, True)] * 2 + [(False, False)] * 2
+
+
+def test_the_gan_goes_on_where_it_stopped():
+    """State and optimiser, into a discriminator that began elsewhere: the same gradients bit for bit."""
+    totals = []
+    for halves in (False, True):
+        gan = make_gan()
+        for step in range(4):
+            if halves and step == 2:
+                state = gan.state()
+                gan = make_gan(seed=1)
+                gan.load(state)
+            images, gradient = some_images(step)
+            totals.append(gan.add(gradient, images, gen(step))[0])
+    assert all(torch.equal(whole, half) for whole, half in zip(totals[:4], totals[4:]))
+    assert gan.seen == 16 and not torch.equal(totals[0], make_gan(seed=1).add(*some_images()[::-1], gen())[0])
+
+
+def test_a_discriminator_depends_on_the_seed_alone():
+    """And not on what drew random numbers before, such as a preparation that is there already."""
+    a, b, other = make_gan(), make_gan(), make_gan(seed=1)
+    states = [gan.discriminator.state_dict() for gan in (a, b, other)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+    torch.rand(7)
+    parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), phi=a.discriminator.networks["phi"])
+    again = train.Gan(train.Config(smoke=True, gan_weight=0.5), parts, "cpu").discriminator.state_dict()
+    assert all(torch.equal(states[0][key], again[key]) for key in again)
+
+
+def test_real_images_come_from_the_world_or_from_files(tmp_path, monkeypatch):
+    gan = make_gan()
+    real = gan.real(5, gen())
+    assert real.shape == (5, 3, 32, 32) and -1 <= real.min() and real.max() <= 1
+    world = tokenizer.to_float(tokenizer.world(train.Config(smoke=True), "train")[0])
+    assert all((image == world).flatten(1).all(1).any() for image in real) and real.unique(dim=0).shape[0] == 5
+    for i in range(3):
+        Image.new("RGB", (50, 40), (40 * i, 0, 255)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(train, "load_discriminator", lambda files, size, device: gan.discriminator)
+    parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), real_files=tokenizer.image_files(tmp_path), discriminator_files={})
+    real = train.Gan(train.Config(dataset="imagenet", gan_weight=1.0, data=str(tmp_path)), parts, "cpu").real(20, gen())
+    assert real.shape == (20, 3, 32, 32) and (real[:, 2] == 1).all() and len(real[:, 0, 0, 0].unique()) == 3
+
+
+@pytest.mark.parametrize("real, fake, says", [(1.2, -1.3, "wins"), (1.2, -0.9, None), (0.5, -0.5, None), (0.301, 0.3, "lost"), (-0.3, 0.3, None)])
+def test_a_discriminator_that_no_longer_helps_is_named(real, fake, says):
+    verdict = train.Gan.verdict(dict(gan_real=real, gan_fake=fake))
+    assert verdict is None if says is None else f"the discriminator {'wins' if says == 'wins' else 'is lost'}" in verdict
+
+
+# ------------------------------------------------------------------------------------------------ a run
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """-> a function that makes runs in one folder, without their reports, and the checkpoint of one of 4 steps with the GAN"""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(line):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "report", lambda *args, **kwargs: None)
+            done = in_process(line + " --sample-every 4", folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.load(folder / "runs" / line.split("--name ")[1].split()[0] / "checkpoint.pt", weights_only=True)
+    return run, run("train.py --smoke --gan-weight 0.5 --name whole")
+
+
+def test_a_run_with_the_gan_resumes_bit_for_bit(runs):
+    run, whole = runs
+    run("train.py --smoke --gan-weight 0.5 --name halves --steps 2")
+    halves = run("train.py --resume --name halves --steps 4")
+    for part in ("student", "ema"):
+        assert all(torch.equal(whole[part][key], halves[part][key]) for key in whole[part]), part
+    assert torch.equal(whole["rng"], halves["rng"]) and whole["gan"]["seen"] == halves["gan"]["seen"] == 4 * 32
+    assert all(torch.equal(whole["gan"]["heads"][key], halves["gan"]["heads"][key]) for key in whole["gan"]["heads"])
+    moments = zip(*(saved["gan"]["opt"]["state"].values() for saved in (whole, halves)), strict=True)
+    assert all(torch.equal(a[key], b[key]) for a, b in moments for key in a)
+
+
+def test_a_run_without_the_gan_is_another_and_can_take_it_up(runs):
+    run, whole = runs
+    plain = run("train.py --smoke --name plain --steps 4")
+    assert plain["gan"] is None and any(not torch.equal(plain["student"][key], whole["student"][key]) for key in whole["student"])
+    later = run("train.py --resume --name plain --steps 5 --gan-weight 0.5")
+    assert later["gan"]["seen"] == 32 and later["config"]["gan_weight"] == 0.5
+
+
+def test_smoke_run_of_official_networks_with_the_gan(tmp_path):
+    """Text, a vision transformer as the discriminator's feature network, images of 64 pixels."""
+    done = in_process("train.py --dataset laion --smoke --gan-weight 0.5 --steps 1 --sample-every 9", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.load(tmp_path / "runs/laion-smoke/checkpoint.pt", weights_only=True)["gan"]["seen"] == 32
+    row = json.loads((tmp_path / "runs/laion-smoke/log.jsonl").read_text())
+    assert row["gan_scale"] > 0 and {"gan_real", "gan_fake", "gan_loss"} <= row.keys()
