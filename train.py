@@ -57,7 +57,7 @@ class Config:
     prepare_seed: int = 0             # of tokenizer, Phi, judge and teacher: runs with other --seed share them, as they would official ones
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 2000         # MaskGIT, batch 64
+    teacher_steps: int = 2600         # MaskGIT, batch 64
     # official networks of imagenet and laion: a file, else weights/, else the hub
     tokenizer_weights: str = ""       # VQGAN, TA-TiTok
     teacher_weights: str = ""         # MaskGIT, MaskGen
@@ -107,10 +107,10 @@ class Config:
 
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
-SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.98, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             far=0.25, refine_steps=4, own_target=False, pull=True, crowd=1.25, blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
-LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
-SCENES = SMALL
+SMALL = dict(lr=6e-4, batch=64, steps=150, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
+             draft_temperature=0.85, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5, bandwidths=(0.02, 0.05, 0.2, 0.5),
+             blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
+SCENES = {**SMALL, "teacher_steps": 2000}
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
 # What a run was made of: --resume cannot change it
