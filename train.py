@@ -111,6 +111,7 @@ SMALL = dict(lr=6e-4, batch=64, steps=150, warmup=20, decay=0.7, ema=0.985, guid
              draft_temperature=0.85, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5, bandwidths=(0.02, 0.05, 0.2, 0.5),
              blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 SCENES = {**SMALL, "teacher_steps": 2000}
+LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
 # What a run was made of: --resume cannot change it
