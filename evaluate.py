@@ -205,7 +205,7 @@ def reference(path, extract, batch=50):
 
 # ------------------------------------------------------------------------------------------------ scenes: an exact scorer
 AREAS = torch.tensor([2.835, 2.822, 1.572, 2.258])                             # of SHAPES at radius 1 (tests measure them)
-TURNS = torch.linspace(-.2, .2, 5)                                             # scenes turn by up to 0.2
+TURNS = torch.linspace(-.2, .2, 5)                                             # more than scenes turn: decoded edges are less exact
 
 
 def scene_objects(image):

@@ -160,9 +160,9 @@ def scenes(captions, seed, size=32):
         chance = torch.rand(n, generator=generator).tolist()
         cell = torch.tensor([orders[p["relation"]][int(u * len(orders[p["relation"]]))] for p, u in zip(part, chance)])          # (n, 4)
         colour = torch.randint(len(known), (n, 4), generator=generator)
-        centre, radius, angle = cells[cell] + between(-.04, .04, 4, 2) * size, between(.15, .18, 4) * size, between(-.2, .2, 4)
-        hue = between(-.08, .08, 4, 3)
-        image = (-.75 + between(-.05, .05)).view(n, 1, 1, 1).repeat(1, 3, size, size)       # one dark ground: of three, half of all codes would
+        centre, radius, angle = cells[cell] + between(-.015, .015, 4, 2) * size, between(.165, .175, 4) * size, between(-.05, .05, 4)
+        hue = between(-.03, .03, 4, 3)
+        image = (-.75 + between(-.05, .05)).view(n, 1, 1, 1).repeat(1, 3, size, size)       # one dark ground: every tone needs codes of its own
         for k in range(4):                                                      # the k-th object of the images that have one
             rows = [i for i, p in enumerate(part) if len(p["objects"]) > k]
             said = [part[i]["objects"][k] for i in rows]
