@@ -342,7 +342,7 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
         reference=f"{len(images)} real images not trained on", features="the judge's (not the FID Inception's), 96 wide",
         spread="standard deviation within a class of ground, size, x, y, relative to real images")
     protocol = dict(dataset=run.cfg.dataset, images=n, seed=seed, labels="balanced", student_steps=run.step, guidance=run.cfg.guidance,
-                    confidence_noise=run.cfg.confidence_noise, init_mask=run.cfg.init_mask, draft_temperature=run.cfg.draft_temperature,
+                    confidence_noise=run.cfg.confidence_noise, init_mask=run.cfg.init_mask, temperature=run.cfg.temperature,
                     **scored_by, batch=60, device=str(run.tokenizer.E.device), versions=dict(torch=torch.__version__, numpy=np.__version__))
     content = dict(protocol=protocol, rows=rows)
     folder = Path(folder)
@@ -451,7 +451,7 @@ def official_report(args, run, folder, device):
         cfg, n_classes = run.cfg, len(run.names)
         protocol |= dict(dataset=cfg.dataset, labels="balanced" if args.images % n_classes == 0 else f"the {n_classes} classes in turn",
                          student=args.student or (args.run and str(args.run)), student_steps=run.step, guidance=cfg.guidance, temperature=1.0,
-                         confidence_noise=cfg.confidence_noise, init_mask=cfg.init_mask, draft_temperature=cfg.draft_temperature)
+                         confidence_noise=cfg.confidence_noise, init_mask=cfg.init_mask, student_temperature=cfg.temperature)
         warnings += ["a smoke run: the weights are random"] if cfg.smoke else []
     extract = partial(load_inception(path).to(device), path=args.inception_path)
     target = reference(args.reference, extract, args.batch)

@@ -39,8 +39,8 @@ CAPTIONS = ["a photo of a dog", "a red car next to a blue house", "three green a
             "a bowl of soup", "a small boat on a lake in the mountains", "an astronaut riding a horse", "a yellow bird above a white fence"]
 # How the public networks are sampled where no run says it. MaskGIT: the teacher with the settings that Di[M]O's code has for it (their w = 3
 # is our guidance 4), a student with Di[M]O's share of masked tokens. MaskGen: its authors' configuration (their guidance 12 is our 13)
-PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5, init_mask=0.6, draft_temperature=1.0),
-          "laion": dict(guidance=13.0, confidence_noise=2.0, init_mask=0.6, draft_temperature=1.0)}
+PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5, init_mask=0.6, temperature=1.0),
+          "laion": dict(guidance=13.0, confidence_noise=2.0, init_mask=0.6, temperature=1.0)}
 
 
 # ------------------------------------------------------------------------------------------------ networks from disk
@@ -191,7 +191,7 @@ def generators(seed, first, n, device):
 def tokens(model, c, generator, cfg, steps):
     """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
     if steps == 0:
-        return fpd.one_step(model, c, cfg.init_mask, generator, cfg.draft_temperature)
+        return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
     return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
 
 

@@ -72,7 +72,8 @@ class Config:
     confidence_noise: float = sample.PUBLIC["imagenet"]["confidence_noise"]  # Gumbel noise on its confidence (the official r_temp)
     # the method
     init_mask: float = 0.9            # r_init of Sec. 3.2, "nearly fully masked"; stored with the student, who knows no other
-    draft_temperature: float = 1.0    # of Eq. 4, in training and sampling
+    draft_temperature: float = 1.0    # of Eq. 4, in training
+    temperature: float = 1.0          # of Eq. 4, when the student is sampled
     draft: str = "student"            # student | random: what the teacher refines (Table 3b)
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
@@ -108,9 +109,10 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=150, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.85, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5, bandwidths=(0.02, 0.05, 0.2, 0.5),
+             draft_temperature=0.85, temperature=0.3, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5, bandwidths=(0.02, 0.05, 0.2, 0.5),
              blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
-SCENES = {**SMALL, "teacher_steps": 2000}
+# Scenes: what matters is what the caption says, so less crowd; its teacher needs 8 steps for a sample worth learning from
+SCENES = {**SMALL, "teacher_steps": 1600, "steps": 120, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.5, "refine_steps": 8, "crowd": 1.0}
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
@@ -168,7 +170,8 @@ def check(cfg):
     want(cfg.batch >= 2 and cfg.batch % cfg.per_class == 0, f"--batch should be a multiple of --per-class {cfg.per_class}, got {cfg.batch}")
     want(0 < cfg.init_mask <= 1, f"--init-mask is a share, between 0 and 1, got {cfg.init_mask}")
     want(0 <= cfg.remask_min < cfg.remask_max <= 1, f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: shares, min below max")
-    want(cfg.draft_temperature > 0, f"--draft-temperature should be positive, got {cfg.draft_temperature}")
+    for name in ("draft_temperature", "temperature"):
+        want(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} should be positive, got {getattr(cfg, name)}")
     want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
     want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
