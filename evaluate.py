@@ -1,4 +1,4 @@
-"""evaluate.py - the scores: FID, Inception Score, precision and recall (Sec. 4).
+"""evaluate.py - the scores: FID, Inception Score, precision and recall, GenEval's rules, the exact scorer of scenes (Sec. 4).
 
     images (N, 3, H, W) uint8  -- extract, e.g. Inception -->  features (N, D), logits (N, C)
     features of generated images --+-- statistics --> mu, sigma --> frechet_distance       "FID" only with Inception's features
@@ -8,6 +8,7 @@
     python evaluate.py                                                  the small worlds: the table of the newest run, its own judge
     python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz      imagenet: FID and the others of teacher and student, 50,000 images
     python evaluate.py --reference FILE --folder DIR                    the same scores of a folder of PNGs
+    python evaluate.py --geneval --prompts FILE                         laion: the images of GenEval; with --detections FILE, their scores
 
 Every metric is computed in float64 and follows one official implementation, named in its docstring; tests/golden holds their numbers.
 

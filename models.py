@@ -1,8 +1,11 @@
-"""models.py - the networks: MaskGIT (student and teacher), the feature backbone Phi, official weights.
+"""models.py - the networks: MaskGIT and MaskGen (student and teacher), text encoders, the feature backbone Phi, and more; official weights.
 
     z (B, L) codes or mask, labels (B,)  -- MaskGIT --> logits (B, L, K)          student g_theta and teacher f_phi (Sec. 3.1)
+    z, text c (B, rows, W)               -- MaskGen --> logits (B, L, K)          the same with captions
+    captions -- Words (scenes), TextEncoder (CLIP) --> text c (B, rows, W): row 0 pooled, then states; TA-TiTok reads the last rows
     images (B, 3, H, W)                  -- Phi     --> 4 maps (B, D, h, w)       what "lifted" means (Sec. 3.3)
     images (B, 3, H, W)                  -- Discriminator --> logits (B, n)       real or draft, for the optional GAN (Sec. 3.4)
+    images                               -- Inception --> features, logits        of FID and Inception Score (evaluate.py)
 
 One class each for the small worlds and for the official networks: an official file loads strictly by its own key names.
 """

@@ -1,8 +1,8 @@
-"""tokenizer.py - images and tokens (Sec. 3.1): where images come from, and the VQGAN that turns them into codes and back.
+"""tokenizer.py - images and tokens (Sec. 3.1): where images and captions come from, and what turns images into codes and back: VQGAN, TA-TiTok.
 
-    shapes() / folder()  -->  images (N, 3, H, W)  -- encode -->  z (B, L) codes 0..K-1
-                                    ^                                |  E[z] (B, L, d), rows of the codebook
-                                    +------------ decode <-----------+  (fpd.py's straight-through embeddings enter here)
+    shapes() / scenes() / folder()  -->  images (N, 3, H, W)  -- encode -->  z (B, L) codes 0..K-1
+                                               ^                                |  E[z] (B, L, d), rows of the codebook
+                                               +------------ decode <-----------+  (fpd.py's straight-through embeddings enter here)
 
 Images are float in [-1, 1] between functions; datasets are kept as uint8 to save memory. Imports none of our files.
 Also here, since every file of ours may import this one: finding and reading files of pretrained weights.

@@ -1,12 +1,15 @@
 """train.py - the whole run, from nothing to a one-step student and its report.
 
-    prepare (once, cached)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2);   images -> Phi, judge;   imagenet: official files
+    prepare (once, cached)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2);   images -> Phi, judge
+                             imagenet, laion: official files
     distil                   student = copy of the teacher; fpd.fpd_step (Eq. 3 to 8), AdamW, EMA
     leave                    runs/<name>/: config.json, log.jsonl, samples/, checkpoint.pt, report.json, report.png
 
     python train.py                                   # the shapes world on a CPU
+    python train.py --dataset scenes                  # text to image: captions of coloured shapes
     python train.py --dataset folder --data DIR       # your own images, one subfolder per class
     python train.py --dataset imagenet --gpus 1       # the paper's class-conditional run: labels only, no images
+    python train.py --dataset laion --captions FILE   # the paper's text-to-image run
     python train.py --smoke                           # under a minute: proves the set-up, learns nothing; with each --dataset
     python train.py --resume                          # the newest run goes on, with its own settings
 """
