@@ -112,10 +112,11 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5, bandwidths=(0.02, 0.05, 0.2, 0.5),
-             blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
+             draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5,
+             bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd; its teacher needs 8 steps for a sample worth learning from
-SCENES = {**SMALL, "teacher_steps": 1600, "steps": 120, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.5, "refine_steps": 8, "crowd": 1.0}
+SCENES = {**SMALL, "teacher_steps": 1600, "steps": 120, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.5, "refine_steps": 8,
+          "crowd": 1.0}
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
