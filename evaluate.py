@@ -255,13 +255,20 @@ def scene_correct(image, caption):
     return all(groups) and (wanted["relation"] is None or wanted["relation"] in relative_position(groups[0][0]["box"], groups[1][0]["box"]))
 
 
-def scene_scores(images, captions):
-    """Share of the pictures (N, 3, H, W) uint8 that show what their captions say -> dict: one for each tag that occurs, overall (their mean)."""
-    correct = {tag: [] for tag in TAGS}
-    for image, caption in zip(images, captions, strict=True):
-        correct[parse_caption(caption)["tag"]].append(scene_correct(image, caption))
-    shares = {tag: sum(group) / len(group) for tag, group in correct.items() if group}
+def tag_shares(results):
+    """Pairs (tag, correct?) -> {tag: share that is correct, for those of TAGS that occur, "overall": mean of these shares}."""
+    groups = {tag: [correct for other, correct in results if other == tag] for tag in TAGS}
+    shares = {tag: sum(group) / len(group) for tag, group in groups.items() if group}
     return shares | dict(overall=sum(shares.values()) / len(shares))
+
+
+TAG_COLUMNS = {tag: len(tag) + 2 for tag in (*TAGS, "overall")}                # of the tables: widths
+TAG_HEADS = "".join(f"{tag:>{width}}" for tag, width in TAG_COLUMNS.items())
+
+
+def scene_scores(images, captions):
+    """Share of the pictures (N, 3, H, W) uint8 that show what their captions say -> dict as of `tag_shares`."""
+    return tag_shares([(parse_caption(caption)["tag"], scene_correct(image, caption)) for image, caption in zip(images, captions, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ the table of a small world
@@ -363,8 +370,7 @@ def table(content):
     p, rows = content["protocol"], content["rows"]
     if "scorer" in p:
         lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, share of images that show what the caption says"]
-        columns = {tag: len(tag) + 2 for tag in (*TAGS, "overall")} | dict(ms_per_image=10)
-        heads = "".join(f"{tag:>{width}}" for tag, width in columns.items() if tag != "ms_per_image")
+        columns, heads = TAG_COLUMNS | dict(ms_per_image=10), TAG_HEADS
     else:
         lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, FD in features of the judge, reference {p['reference']}"]
         columns = dict(fd=9, inception_score=7, precision=7, recall=8, accuracy=7, spread=8, ms_per_image=10)
@@ -621,16 +627,14 @@ def geneval_scores(detections, prompts, max_overlap=1.0):
     missing = [f"{i:05d}/samples/{j:04d}.png" for i in range(len(prompts)) for j in range(n) if (i, j) not in results]
     if missing:
         raise ValueError(f"{detections} has no line for {len(missing)} images, such as {missing[0]}; one without detections needs a line, too")
-    groups = {tag: [correct for (index, _), correct in results.items() if prompts[index]["tag"] == tag] for tag in TAGS}
-    shares = {tag: sum(group) / len(group) for tag, group in groups.items() if group}
-    return shares | dict(overall=sum(shares.values()) / len(shares), images=len(results), prompts=len(prompts))
+    shares = tag_shares([(prompts[index]["tag"], correct) for (index, _), correct in results.items()])
+    return shares | dict(images=len(results), prompts=len(prompts))
 
 
 def geneval_table(scores, detector):
     """`geneval_scores` -> text. It names what made the detections: with any but the official detector they are not a model's GenEval."""
-    columns = {tag: len(tag) + 2 for tag in (*TAGS, "overall")}
     return "\n".join([f"GenEval rules, detections by {detector}: {scores['images']} images of {scores['prompts']} prompts",
-                      "".join(f"{tag:>{width}}" for tag, width in columns.items()), "".join(cell(scores, *column) for column in columns.items())])
+                      TAG_HEADS, "".join(cell(scores, *column) for column in TAG_COLUMNS.items())])
 
 
 def geneval_images(prompts_file, out, make, n=4):

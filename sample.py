@@ -60,18 +60,38 @@ def load_part(path, device):
 
 
 def official(dataset, part, given=None):
-    """Path of the official "tokenizer" or "teacher" of imagenet or laion: the user's own file, else weights/, else the hub."""
+    """Path of the official "tokenizer", "teacher" or "text" of imagenet or laion: the user's own file, else weights/, else the hub."""
+    if part == "text":
+        return find_text_encoder(given or None)
     repo, file, _ = OFFICIAL[dataset][part]
     return find_weights(part, given or None, file, repo, save_as=f"{repo.split('/')[1]}.safetensors" if file == "model.safetensors" else None)
 
 
-def load_official(dataset, part, src, device):
-    return frozen(OFFICIAL[dataset][part][2](src), device)
+def official_parts(dataset, teacher=True):
+    """Which files a run with official networks needs to draw images."""
+    return ["tokenizer"] + ["teacher"] * teacher + ["text"] * (dataset == "laion")
 
 
-def set_text(text, *models):
-    """Give transformers the encoding of the empty caption, which stands for "no condition". text None: they are not of text; nothing to do"""
-    for model in models if text else ():
+def load_official(r, dataset, files, device, student=None):
+    """Official networks into the namespace r: tokenizer, teacher and text as far as there are files, and student, a file or a state dict.
+
+    None where there is none. ValueError when one cannot be read or they do not belong together
+    """
+    def load(part, src):
+        return frozen(OFFICIAL[dataset][part][2](src), device)
+    r.tokenizer = load("tokenizer", files["tokenizer"])
+    r.teacher = load("teacher", files["teacher"]) if "teacher" in files else None
+    r.student = load("teacher", student) if student else None
+    r.text = frozen(load_text_encoder(files["text"]), device) if "text" in files else None
+    for model in filter(None, (r.student, r.teacher)):
+        check_fit(model, r.tokenizer)
+        set_text(r.text, model)
+    return r
+
+
+def set_text(text, model):
+    """Give a transformer the encoding of the empty caption, which stands for "no condition". text None: it is not of text; nothing to do"""
+    if text:
         model.empty.copy_(text.encode([""])[0, :len(model.empty)])
 
 
@@ -135,17 +155,9 @@ def load_run(run, device, teacher=True, given=None):
     r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None)
     if cfg.dataset in OFFICIAL and not cfg.smoke:
         def where(part):
-            file = given.get(part) or (parts[part] if Path(parts[part]).is_file() else None)
-            return find_text_encoder(file) if part == "text" else official(cfg.dataset, part, file)
-        wanted = ["tokenizer"] + ["teacher"] * teacher + ["text"] * (cfg.dataset == "laion")
-        files = find_all({part: partial(where, part) for part in wanted})
-        r.tokenizer = load_official(cfg.dataset, "tokenizer", files["tokenizer"], device)
-        r.teacher = load_official(cfg.dataset, "teacher", files["teacher"], device) if teacher else None
-        r.student = load_official(cfg.dataset, "teacher", saved["ema"], device)
-        r.text = frozen(load_text_encoder(files["text"]), device) if "text" in files else None
-        check_fit(r.student, r.tokenizer)
-        set_text(r.text, r.student, *[r.teacher] * teacher)
-        return r
+            return official(cfg.dataset, part, given.get(part) or (parts[part] if Path(parts[part]).is_file() else None))
+        files = find_all({part: partial(where, part) for part in official_parts(cfg.dataset, teacher)})
+        return load_official(r, cfg.dataset, files, device, saved["ema"])
     if given:
         raise ValueError(f"--{min(given)}-weights is for imagenet and laion, and {run} is a run of {cfg.dataset}{', smoke' * cfg.smoke}")
     for part, path in parts.items():
@@ -158,21 +170,11 @@ def load_run(run, device, teacher=True, given=None):
 
 def load_public(dataset, student_file, teacher, given, init_mask, device):
     """The public networks, without any run -> namespace like load_run's; step None, no student unless its file is named."""
-    finders = {part: partial(official, dataset, part, given[part]) for part in ("tokenizer", "teacher")[:1 + teacher]}
-    if dataset == "laion":
-        finders["text"] = partial(find_text_encoder, given["text"] or None)
-    files = find_all(finders)
+    files = find_all({part: partial(official, dataset, part, given[part]) for part in official_parts(dataset, teacher)})
     cfg = types.SimpleNamespace(**PUBLIC[dataset], dataset=dataset, smoke=False)
     cfg.init_mask = cfg.init_mask if init_mask is None else init_mask
-    r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None, text=None)
-    r.student = load_official(dataset, "teacher", student_file, device) if student_file else None
-    r.teacher = load_official(dataset, "teacher", files["teacher"], device) if teacher else None
-    r.tokenizer = load_official(dataset, "tokenizer", files["tokenizer"], device)
-    r.text = frozen(load_text_encoder(files["text"]), device) if dataset == "laion" else None
-    for model in filter(None, (r.student, r.teacher)):
-        check_fit(model, r.tokenizer)
-        set_text(r.text, model)
-    return r
+    r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None)
+    return load_official(r, dataset, files, device, student_file)
 
 
 def check_fit(model, tokenizer):

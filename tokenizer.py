@@ -60,6 +60,11 @@ def paint(canvas, shape, colour, centre, radius, angle):
     return canvas * (1 - alpha) + colour[:, :, None, None] * alpha
 
 
+def ranges(n, generator):
+    """-> function (low, high, *shape) -> (n, *shape) numbers between the two: what varies from image to image."""
+    return lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+
 def shapes(labels, seed, anywhere=False, size=32):
     """Render the shapes world: one object of a colour and a shape on a plain grey ground.
 
@@ -73,9 +78,7 @@ def shapes(labels, seed, anywhere=False, size=32):
     images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
     for start in range(0, len(labels), 1024):                                   # chunks: the distance maps are large
         label = labels[start:start + 1024]
-        n = len(label)
-        def between(low, high, *shape):
-            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        n, between = len(label), ranges(len(label), generator)
         radius = (between(.22, .32) if anywhere else between(.30, .40)) * size  # 10 to 13 px of 32; 7 to 10 where it needs room to move
         reach = (size / 2 - radius)[:, None] if anywhere else 3 * size / 32
         centre = size / 2 + between(-1, 1, 2) * reach
@@ -138,7 +141,7 @@ def scene_captions(n, seed):
 
 
 def scenes(captions, seed, size=32):
-    """Render the scenes world: the objects of each caption on a plain grey ground, in as many cells of a 2 x 2 grid.
+    """Render the scenes world: the objects of each caption on a plain dark ground, in as many cells of a 2 x 2 grid.
 
     captions (list of N str)   seed: equal captions and seed give equal images
     Cells, places within them, sizes, turns, hues and ground vary, and so do colours that are not said. Objects never touch.
@@ -154,9 +157,7 @@ def scenes(captions, seed, size=32):
     images = torch.empty(len(parsed), 3, size, size, dtype=torch.uint8)
     for start in range(0, len(parsed), 1024):                                   # chunks: the distance maps are large
         part = parsed[start:start + 1024]
-        n = len(part)
-        def between(low, high, *shape):
-            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        n, between = len(part), ranges(len(part), generator)
         chance = torch.rand(n, generator=generator).tolist()
         cell = torch.tensor([orders[p["relation"]][int(u * len(orders[p["relation"]]))] for p, u in zip(part, chance)])          # (n, 4)
         colour = torch.randint(len(known), (n, 4), generator=generator)
@@ -238,20 +239,35 @@ def folder(data, size=32):
     return images, labels, names
 
 
+def split_seed(cfg, split):
+    return 10 * cfg.prepare_seed + ("train", "phi", "judge", "test").index(split)
+
+
+def world_captions(cfg, split):
+    """The captions of scenes, without the images. -> list of str"""
+    return scene_captions(480 if cfg.smoke else 2400 if split == "test" else 12_000, split_seed(cfg, split))
+
+
+def world_names(cfg):
+    """The names of the world's classes; of scenes, two captions of each kind."""
+    if cfg.dataset == "scenes":
+        return world_captions(cfg, "test")[:12]
+    return shapes_names() if cfg.dataset == "shapes" else folder(cfg.data)[2]
+
+
 def world(cfg, split):
     """Real images of the world. split "train" | "phi" | "judge" | "test" -> images (N, 3, 32, 32) uint8, labels (N,), names.
 
     shapes, scenes: each split is drawn afresh. folder: "test" is every tenth image, the others share the rest.
-    scenes: captions, a list of N str, in place of labels, and two captions of each kind as names.
+    scenes: captions, a list of N str, in place of labels.
     """
-    seed = 10 * cfg.prepare_seed + ("train", "phi", "judge", "test").index(split)
     if cfg.dataset == "shapes":
         names = shapes_names()
         labels = torch.arange(480 if cfg.smoke else 2400 if split == "test" else 12_000) % len(names)
-        return shapes(labels, seed, cfg.anywhere), labels, names
+        return shapes(labels, split_seed(cfg, split), cfg.anywhere), labels, names
     if cfg.dataset == "scenes":
-        captions = scene_captions(480 if cfg.smoke else 2400 if split == "test" else 12_000, seed)
-        return scenes(captions, seed), captions, captions[:12]
+        captions = world_captions(cfg, split)
+        return scenes(captions, split_seed(cfg, split)), captions, world_names(cfg)
     images, labels, names = folder(cfg.data)
     is_test = torch.arange(len(images)) % 10 == 9
     chosen = is_test if split == "test" else ~is_test

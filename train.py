@@ -39,8 +39,8 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import (FEATURE_NETWORKS, Backbone, ConvNet, Discriminator, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, find_text_encoder,
-                    load_backbone, load_discriminator, load_text_encoder)
+from models import (FEATURE_NETWORKS, Backbone, ConvNet, Discriminator, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, load_backbone,
+                    load_discriminator)
 
 
 @dataclasses.dataclass
@@ -310,14 +310,12 @@ def train_teacher(cfg, device, vq, text):
 
 def load_official(cfg, device):
     """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
-    parts = types.SimpleNamespace(text=None, captions=None)
-    if cfg.dataset == "laion":
-        parts.captions = tok.read_captions(cfg.captions)
+    parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None)
     finders = {"tokenizer": partial(sample.official, cfg.dataset, "tokenizer", cfg.tokenizer_weights),
                "teacher": partial(sample.official, cfg.dataset, "teacher", cfg.teacher_weights),
                "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)}
     if parts.captions:
-        finders["text"] = partial(find_text_encoder, cfg.text_weights or None)
+        finders["text"] = partial(sample.official, cfg.dataset, "text", cfg.text_weights)
     if cfg.gan_weight:
         parts.real_files = tok.image_files(cfg.data)
         finders |= {cls.part: partial(find_backbone, cls.name, getattr(cfg, f"{cls.part}_weights") or None, cls.part) for cls in FEATURE_NETWORKS}
@@ -326,12 +324,9 @@ def load_official(cfg, device):
         print(f"loading {part} from {path}", flush=True)
     parts.discriminator_files = {cls.part: files.pop(cls.part) for cls in FEATURE_NETWORKS if cls.part in files}     # of no use to sample.py
     parts.files = {part: str(path.absolute()) for part, path in files.items()}
-    parts.tokenizer, parts.teacher = (sample.load_official(cfg.dataset, part, files[part], device) for part in ("tokenizer", "teacher"))
-    sample.check_fit(parts.teacher, parts.tokenizer)
+    sample.load_official(parts, cfg.dataset, files, device)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
     if parts.captions:
-        parts.text = sample.frozen(load_text_encoder(files["text"]), device)
-        sample.set_text(parts.text, parts.teacher)
         for caption, lost in itertools.islice(parts.text.cut_captions(parts.captions).items(), 5):
             print(f"caption longer than 77 tokens: {caption[:40]!r}... loses its end, {lost[:60]!r}")
     parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
@@ -378,9 +373,9 @@ def prepare(cfg, device):
         parts.captions, parts.names = sample.CAPTIONS, sample.CAPTIONS
     else:
         if cfg.dataset == "scenes":
-            parts.captions = tok.world(cfg, "train")[1]
+            parts.captions = tok.world_captions(cfg, "train")
             cached("text", lambda: untrained(Words))
-        parts.names = tok.world(cfg, "test")[2]
+        parts.names = tok.world_names(cfg)
         cached("tokenizer", lambda: train_tokenizer(cfg, device), steps=cfg.tokenizer_steps)
         cached("phi", lambda: train_classifier(cfg, device, "phi", 32), steps=cfg.classifier_steps)
         if cfg.dataset != "scenes":                                              # which has an exact scorer

@@ -63,6 +63,14 @@ def refused(done, *words, lines=1):
     assert all(line.startswith("error: ") for line in done.stderr.splitlines()) and all(word in done.stderr for word in words), done.stderr
 
 
+def finished_run(tmp_path_factory, line, run=command):
+    """A new folder in which a command has run to its end (run: `command` or `in_process`), and what it said."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run(line, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done
+
+
 def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):
     """The rule that made the weights. manifest: key -> shape; returns a state dict of float32 tensors.
 

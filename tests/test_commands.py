@@ -6,17 +6,14 @@ import time
 
 import pytest
 import torch
-from conftest import command, command_line, in_process, refused
+from conftest import command, command_line, finished_run, in_process, refused
 from PIL import Image
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One smoke run of the default world, shared by the tests below."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = command("train.py --smoke", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+    return finished_run(tmp_path_factory, "train.py --smoke")
 
 
 def test_smoke_run_leaves_everything_and_says_that_it_learnt_nothing(smoke):

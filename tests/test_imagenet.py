@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, golden_fill, in_process, load_case, official_files, refused
+from conftest import command, finished_run, golden_fill, in_process, load_case, official_files, refused
 from PIL import Image
 
 import evaluate
@@ -21,10 +21,7 @@ TINY_BACKBONE = "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A folder with one smoke run, and what the run said."""
-    folder = tmp_path_factory.mktemp("imagenet")
-    done = command("train.py --dataset imagenet --smoke", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+    return finished_run(tmp_path_factory, "train.py --dataset imagenet --smoke")
 
 
 @pytest.fixture(scope="module")

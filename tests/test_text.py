@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import command, golden_fill, in_process, official_files, refused
+from conftest import command, finished_run, golden_fill, in_process, official_files, refused
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -27,21 +27,15 @@ PROMPT = ["sample.py", "--prompt", "a red circle and a blue square"]
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """A folder with one smoke run of scenes, and what the run said. The teacher's many rows are the slowest part, and no test needs them."""
-    folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "report", partial(evaluate.report, steps=(2,)))
-        done = in_process("train.py --dataset scenes --smoke", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+        return finished_run(tmp_path_factory, "train.py --dataset scenes --smoke", in_process)
 
 
 @pytest.fixture(scope="module")
 def laion(tmp_path_factory):
     """The same of laion."""
-    folder = tmp_path_factory.mktemp("laion")
-    done = in_process("train.py --dataset laion --smoke", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+    return finished_run(tmp_path_factory, "train.py --dataset laion --smoke", in_process)
 
 
 def tiles(path, size):
