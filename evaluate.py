@@ -8,16 +8,19 @@
     python evaluate.py                                                  the small worlds: the table of the newest run, its own judge
     python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz      imagenet: FID and the others of teacher and student, 50,000 images
     python evaluate.py --reference FILE --folder DIR                    the same scores of a folder of PNGs
+    python evaluate.py --bench                                          time and memory: the student, the teacher, a training step, by parts
     python evaluate.py --geneval --prompts FILE                         laion: the images of GenEval; with --detections FILE, their scores
 
 Every metric is computed in float64 and follows one official implementation, named in its docstring; tests/golden holds their numbers.
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): mean and covariance of features
 """
+import dataclasses
 import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -30,8 +33,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from models import load_inception
-from sample import Parser, batches, generate, generators, load_models, model_arguments, newest_run, run_command, sheet, shown, tokens
-from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, to_float, to_uint8, world
+from sample import (Parser, batches, check_seed, check_writable, generate, generators, load_models, model_arguments, newest_run, run_command, sheet,
+                    shown, tell_cut, tokens)
+from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, open_image, paint, parse_caption, to_float, to_uint8, world
 
 
 # ------------------------------------------------------------------------------------------------ the scores
@@ -164,11 +168,7 @@ def collect(images, extract, batch=50):
 
 def read_png(path):
     """File -> (3, H, W) uint8, never resized or cropped."""
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
 
 
 def reference(path, extract, batch=50):
@@ -316,6 +316,26 @@ def judge_metrics(run, images, labels, n):
     return metrics
 
 
+def scorer(run, real, n):
+    """What is asked of a small world's models, and how their answers are scored. run, real: see `report`
+
+    returns   labels (n,) or n captions, balanced; the condition c (n, ...) of either; function (images (n, 3, H, W), the first) -> numbers
+    """
+    images, told = real
+    asked = [told[i % len(told)] for i in range(n)] if run.text else torch.arange(n) % len(run.names)
+    return asked, run.text.encode(asked) if run.text else asked, scene_scores if run.text else judge_metrics(run, images, told, n)
+
+
+def score(run, model, steps, real, n):
+    """The numbers of one model's n images, seed 0. steps = 0: the student's single pass. run, real: see `report`"""
+    asked, c, metrics = scorer(run, real, n)
+    return metrics(generate(model, run.tokenizer, c, run.cfg, steps, seed=0, progress="score"), asked)
+
+
+def headline(row):
+    return f"{100 * row['overall']:.0f} %" if "overall" in row else f"FD {row['fd']:.1f}"
+
+
 def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     """The paper's Table 2 in miniature, or Table 1's with captions: the teacher in 16 ... 1 steps and the student in one.
 
@@ -324,17 +344,13 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     n, seed  images per row, classes or kinds of captions balanced, and their seed
     returns  the content of report.json; prints the table and writes report.json and report.png
     """
-    images, told = real
-    asked = told[:n] if run.text else torch.arange(n) % len(run.names)
-    c = run.text.encode(asked) if run.text else asked
-    metrics = scene_scores if run.text else judge_metrics(run, images, told, n)
+    (images, told), (asked, c, metrics) = real, scorer(run, real, n)
     rows, pictures, (examples, captions) = [], [], shown(run)
 
     def measure(name, step_count, fake, what, ms):
         rows.append(dict(model=name, steps=step_count) | metrics(fake, what) | dict(ms_per_image=ms))
         firsts = range(len(captions)) if run.text else [int((what == k).float().argmax()) for k in examples]   # the first image of each class
-        score = f"{100 * rows[-1]['overall']:.0f} %" if run.text else f"FD {rows[-1]['fd']:.1f}"
-        pictures.append((f"{name} {step_count or ''}  {score}", fake[list(firsts)]))
+        pictures.append((f"{name} {step_count or ''}  {headline(rows[-1])}", fake[list(firsts)]))
     with torch.no_grad():
         x = to_float(images[:n]).to(run.tokenizer.E.device)
         decoded = torch.cat([run.tokenizer.decode(run.tokenizer.E[run.tokenizer.encode(part)]) for part in x.split(60)])
@@ -378,6 +394,39 @@ def table(content):
     lines += [f"{'model':<11}{'steps':>6}{heads}{'ms/image':>10}"]
     lines += [(f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())).rstrip() for row in rows]
     return "\n".join(lines)
+
+
+def means(scores):
+    """Scores of several seeds, list of dict -> dict of the means of their numbers, over the seeds that have them."""
+    known = {key: [score[key] for score in scores if isinstance(score.get(key), float)] for key in scores[0]}
+    return {key: sum(values) / len(values) for key, values in known.items() if values}
+
+
+def ablation_table(content):
+    """report.json's content, as of `ablation_report` -> text."""
+    p, rows = content["protocol"], content["rows"]
+    first = "overall" if "overall" in rows[0]["scores"][0] else "fd"
+    columns = {key: len(key) + 2 for key in ((*TAGS,) if first == "overall" else ("recall", "accuracy", "precision")) + ("seconds_per_step",)}
+    lines = [f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
+             f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall",
+             f"{'table':<7}{'row':<25}{first:<23}" + "".join(f"{key:>{width}}" for key, width in columns.items()) + f"{'paper':>7}"]
+    for row in rows:
+        mean, values = means(row["scores"]), [score[first] for score in row["scores"]]
+        text = f"{mean[first]:.2f}" + f" ({min(values):.2f} to {max(values):.2f})" * (len(values) > 1)
+        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<23}" + "".join(cell(mean, *column) for column in columns.items())
+                      + cell(row, "paper", 7)).rstrip())
+    return "\n".join(lines)
+
+
+def ablation_report(rows, protocol, captions, folder):
+    """Prints the table of `train.ablate`; writes report.json and report.png (Fig. 3: one line of pictures a row).
+
+    rows   [(dict(table, row, settings, paper, scores: of each seed, as of `score`), images (n, 3, H, W) of the first seed), ...]
+    """
+    content = dict(protocol=protocol, rows=[row for row, _ in rows])
+    (Path(folder) / "report.json").write_text(json.dumps(content, indent=1))
+    sheet([(f"{row['row']}  {headline(means(row['scores']))}", images) for row, images in rows], captions).save(Path(folder) / "report.png")
+    print(ablation_table(content))
 
 
 # ------------------------------------------------------------------------------------------------ the table of ImageNet (Table 2)
@@ -651,7 +700,7 @@ def geneval_images(prompts_file, out, make, n=4):
     def is_complete(path):
         try:
             return read_png(path) is not None
-        except (ValueError, SyntaxError):                                      # the latter is PIL's for some damages
+        except ValueError:
             return False
     prompts = read_prompts(prompts_file)
     folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
@@ -671,6 +720,116 @@ def geneval_images(prompts_file, out, make, n=4):
                 write(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
 
 
+# ------------------------------------------------------------------------------------------------ speed
+class Stopwatch:
+    """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
+    def __init__(self, device, first):
+        self.device, self.first, self.rounds, self.part = device, first, [], None
+
+    def mark(self, part):
+        if self.device == "cuda":
+            torch.cuda.synchronize()                                           # kernels run on while Python is further
+        now = time.perf_counter()
+        if self.part:
+            self.rounds[-1][self.part] = self.rounds[-1].get(self.part, 0.0) + now - self.begin
+        if part == self.first:
+            self.rounds.append({})
+        self.part, self.begin = part, now
+
+    def milliseconds(self, warm_up=2):
+        """{part: median over the rounds}, and "total"; without the first rounds, and the last, which nothing has ended."""
+        rounds = [r | dict(total=sum(r.values())) for r in self.rounds[warm_up:-1]]
+        return {part: 1000 * float(np.median([r[part] for r in rounds])) for part in rounds[0]}
+
+
+@torch.no_grad()
+def bench_sampling(run, device, batch):
+    """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and `batch` at a time."""
+    rows, models = [], [("teacher", run.teacher, T) for T in (1, 4, 8, 16)]
+    for name, model, steps in [("student", run.student, 0)] * (run.student is not None) + models * (run.teacher is not None):
+        for n in sorted({1, batch}):
+            watch, c = Stopwatch(device, "transformer"), shown(run)[0]
+            c = c[torch.arange(n) % len(c)].to(device)
+            for _ in range(3 if run.cfg.smoke else 7):                         # two of them warm up
+                watch.mark("transformer")                                      # and the draws of tokens
+                z = tokens(model, c, generators(0, 0, n, device), run.cfg, steps)
+                watch.mark("decoder")
+                to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
+            watch.mark("transformer")
+            ms = watch.milliseconds()
+            rows.append(dict(model=name, steps=steps or 1, batch=n, images_per_second=1000 * n / ms["total"],
+                             **{part: ms[key] / n for part, key in dict(ms_per_image="total", transformer="transformer", decoder="decoder").items()}))
+    return rows
+
+
+def peak_gb(device):
+    """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource                                                            # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def bench_training(cfg, parts, device):
+    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is train.distil itself.
+
+    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
+    it does not need, are in memory all the same.
+    """
+    import train                                                               # which imports this file
+    rows, public = [], cfg.dataset in train.sample.OFFICIAL and not cfg.smoke
+    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
+        if public and "gan_weight" in settings and not cfg.gan_weight:
+            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
+            continue
+        watch = Stopwatch(device, "condition")
+
+        def hook(module, inputs):                                              # student and auxiliary are copies of the teacher, hook included
+            if module is parts.teacher:
+                watch.mark("refinement")
+            elif watch.part == "refinement":
+                watch.mark("auxiliary")
+        handle = parts.teacher.register_forward_pre_hook(hook)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
+        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
+        with tempfile.TemporaryDirectory() as folder:
+            train.distil(this, parts, Path(folder), device, watch.mark)
+        handle.remove()
+        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=peak_gb(device)))
+    return rows
+
+
+def bench(args, device):
+    """--bench: prints two tables, of sampling and of a training step; bench.json in the run's folder."""
+    import train
+    args.run = args.run or (None if args.student or args.dataset else newest_run())
+    run = load_models(args, device, student=not args.dataset, teacher=True)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
+                   "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
+    print(content["protocol"])
+    columns = dict(ms_per_image=14, transformer=13, decoder=10, images_per_second=19)
+    print(f"{'model':<10}{'steps':>6}{'batch':>7}" + "".join(f"{key:>{width}}" for key, width in columns.items()))
+    for row in content["sampling"]:
+        print(f"{row['model']:<10}{row['steps']:>6}{row['batch']:>7}" + "".join(cell(row, *column) for column in columns.items()))
+    if args.run:                                                               # else there are no settings to train with
+        cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
+        if cfg.dataset in train.sample.OFFICIAL and not cfg.smoke:
+            parts = run = None                                                 # now with Phi
+            parts = train.load_official(cfg, device)
+        else:
+            parts.captions, parts.files = run.names if run.text else None, {}
+        content["training"] = rows = bench_training(cfg, parts, device)
+        columns = ("condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update", "total", "peak_gb")
+        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}\n{'method':<10}"
+              + "".join(f"{key:>11}" for key in columns))
+        for row in rows:
+            print(f"{row['method']:<10}" + "".join(cell(row, key, 11, 2 if key == "peak_gb" else 1) for key in columns))
+    (Path(args.run or ".") / "bench.json").write_text(json.dumps(content, indent=1))
+
+
 # ------------------------------------------------------------------------------------------------ the command
 def geneval(args):
     """--geneval: the images of all prompts, or with --detections their scores."""
@@ -679,11 +838,11 @@ def geneval(args):
     if args.detections:
         print(geneval_table(geneval_scores(args.detections, args.prompts), args.detector))
         return
-    if args.seed < 0:
-        raise ValueError(f"--seed should not be negative, got {args.seed}")
+    if args.reference or args.folder:
+        raise ValueError("--geneval and --reference or --folder exclude each other: GenEval looks at its own prompts alone")
     if args.steps is not None and (len(args.steps) != 1 or args.steps[0] < 1):
         raise ValueError(f"--geneval draws with one model: the student, or the teacher in the one number of --steps, got {args.steps}")
-    read_prompts(args.prompts)                                                 # now, not after the networks are loaded
+    captions = [prompt["prompt"] for prompt in read_prompts(args.prompts)]      # now, not after the networks are loaded
     steps = args.steps[0] if args.steps else 0
     args.run = args.run or (None if args.student or args.dataset else newest_run())
     run = load_models(args, "cuda" if torch.cuda.is_available() else "cpu", student=not steps, teacher=steps > 0)
@@ -692,13 +851,16 @@ def geneval(args):
         raise ValueError("--geneval needs a run with captions" if run.text is None else "--dataset laion alone is the teacher: add --steps 16")
     if steps > model.L:
         raise ValueError(f"--steps should be between 1 and {model.L}, got {steps}")
-    device = run.tokenizer.E.device
+    device, out = run.tokenizer.E.device, args.out or f"{args.run or '.'}/geneval"
+    check_writable(out)
+    if run.cfg.dataset == "scenes":
+        run.text.encode(captions)                                              # words that it does not know, before the first folder
+    tell_cut(run.text, captions)
 
     def make(caption, numbers, index):
         c = run.text.encode([caption] * len(numbers)).to(device)
         z = tokens(model, c, [g for i in numbers for g in generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
         return to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
-    out = args.out or f"{args.run or '.'}/geneval"
     with torch.no_grad():
         geneval_images(args.prompts, out, make)
     print(f"{out}: 4 images of each prompt | {f'teacher, {steps} steps' if steps else 'student, 1 step'} | seed {args.seed} | next: a detector's "
@@ -710,7 +872,8 @@ def main():
     parser.add_argument("--images", type=int, help="images per row; 960, with --reference 50000, if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs="*", help="rows of the teacher; 16 8 4 2 1, with --reference 16 8 4 2, if not given")
-    parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time")
+    parser.add_argument("--batch", type=int, default=50, help="with --reference and --bench: images at a time")
+    parser.add_argument("--bench", action="store_true", help="time and memory of sampling and of a training step, in place of the table")
     parser.add_argument("--reference", help="imagenet: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
     parser.add_argument("--folder", help="with --reference: score the PNGs of this folder in place of a run")
     parser.add_argument("--inception-weights", metavar="FILE", help=f"{INCEPTION}, else looked for in weights/")
@@ -723,16 +886,22 @@ def main():
     parser.add_argument("--detector", default="an unnamed detector", help="its name, for the table")
     model_arguments(parser)
     args = parser.parse_args()
+    check_seed(args.seed)
     if args.geneval:
         return geneval(args)
+    for name, needs in dict(prompts="geneval", out="geneval", detections="geneval", inception_weights="reference").items():
+        if getattr(args, name) and not getattr(args, needs):
+            raise ValueError(f"--{name.replace('_', '-')} goes with --{needs}")
     args.images = args.images if args.images is not None else 50_000 if args.reference else 960
     args.steps = args.steps if args.steps is not None else (16, 8, 4, 2) if args.reference else (16, 8, 4, 2, 1)
     least = 10 if args.reference else 48
-    if args.images < least or args.seed < 0 or args.batch < 1:
-        raise ValueError(f"--images should be at least {least}, --batch 1 and --seed 0, got {args.images}, {args.batch} and {args.seed}")
+    if args.images < least or args.batch < 1:
+        raise ValueError(f"--images should be at least {least} and --batch 1, got {args.images} and {args.batch}")
     if args.folder and not args.reference:
         raise ValueError("--folder needs --reference: what to compare the images with")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.bench:
+        return bench(args, device)
     if args.folder:
         return official_report(args, None, ".", device)
     public = args.student or args.dataset
@@ -748,10 +917,10 @@ def main():
         raise ValueError("imagenet needs --reference FILE: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
     if run.cfg.dataset != "imagenet" and args.reference:
         raise ValueError(f"--reference is for imagenet; {args.run} is a run of {run.cfg.dataset} and has its own judge")
+    check_writable("." if public else args.run)
     if args.reference:
-        official_report(args, run, "." if public else args.run, device)
-    else:
-        report(run, world(run.cfg, "test")[:2], args.run, args.images, args.seed, args.steps)
+        return official_report(args, run, "." if public else args.run, device)
+    report(run, world(run.cfg, "test")[:2], args.run, args.images, args.seed, args.steps)
 
 
 if __name__ == "__main__":

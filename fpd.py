@@ -1,5 +1,7 @@
 """fpd.py - Fixed-Point Distillation (Sec. 3.1, 3.2, 3.4): masking, the multi-step sampler, and one training step.
 
+Below them the GAN, and a step of two other methods, for comparison.
+
 z_init --student--> logits --sample--> draft z_hat --hide a share r--> z_masked --teacher, one pass--> refinement z_ref
  (almost all mask)    |     (Eq. 4)      |   E[z_hat], gradients by straight-through (Eq. 8)             (Eq. 5)   |
                       |                  +--> decoder --> Phi --> X --+                                            |
@@ -206,6 +208,12 @@ def per_class_groups(X, n):
     return X.reshape(B // n, n, F_, D).transpose(0, 1).reshape(n, B // n * F_, D)
 
 
+def entropy(logits):
+    """Of the distributions of tokens, in nats per token. (..., K) -> ()"""
+    p = logits.float().softmax(-1)
+    return -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
+
+
 def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
@@ -244,8 +252,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         for name, value in block_logs.items():
             logs[name] = logs.get(name, 0.0) + value / len(X)
     with torch.no_grad():                                                        # these show a collapse before the pictures do
-        p = logits.float().softmax(-1)
-        logs["entropy"] = -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
+        logs["entropy"] = entropy(logits)
         logs["codes_used"] = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
         logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()       # share of hidden tokens that the teacher replaced
     return loss, logs, images
@@ -342,3 +349,74 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     gradient, = torch.autograd.grad(gan_loss(gan_logits(discriminator, drafts, generator, sigma)), drafts)
     logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x), gan_loss=loss)
     return gradient, {key: value.detach() for key, value in logs.items()}
+
+
+# ------------------------------------------------------------------------------------------------ comparison methods (Sec. 2.2, Table 2)
+def jeffrey(teacher_logits, auxiliary_logits, beta):
+    """Di[M]O's generalised Jeffrey divergence (1 - beta) KL(p, q) + beta KL(q, p), teacher p, auxiliary q. Two (..., K) -> (...)
+
+    beta = 0, the forward KL, is what its released configuration has: it keeps every mode of the teacher. 1 is the reverse, which seeks one.
+    """
+    log_p, log_q = teacher_logits.log_softmax(-1), auxiliary_logits.log_softmax(-1)
+    return (((1 - beta) * log_p.exp() - beta * log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+def dimo_step(student, teacher, auxiliary, opt, c, cfg, generator):
+    """One training step of Di[M]O (Zhu et al. 2025): token-level distribution matching on the student's own drafts. The caller runs backward.
+
+    What a teacher of these drafts would answer to a partly hidden one, the student cannot say: it knows z_init alone. So the auxiliary
+    learns it from the drafts. Where teacher and auxiliary disagree, the student's logits of the same positions are pushed as the
+    auxiliary's should be. No gradient passes a sampled token, a decoder or Phi.
+
+    auxiliary, opt   a copy of the teacher, and its own optimiser: both take a step here
+    returns          loss (), whose value is the divergence per hidden token, and logs (dict of 0-dim tensors)
+    """
+    B, K, device = len(c), student.K, c.device
+    logits = student(init_tokens(B, student.L, K, cfg.init_mask, generator, device), c).float() / cfg.draft_temperature     # (B, L, K)
+    z_hat = draw(logits, 1.0, generator)                                         # (B, L)
+    z_masked, is_masked = remask(z_hat, sample_ratio(B, 0, 1, generator, device), K, generator)     # r as in the teacher's training
+    with torch.no_grad():
+        p = guided_logits(teacher, z_masked, c, cfg.teacher_cfg)[is_masked]      # (N, K), of the N hidden positions
+        q = auxiliary(z_masked, c).float()[is_masked]
+    divergence = jeffrey(p, q.requires_grad_(), cfg.jeffrey).mean()
+    gradient, = torch.autograd.grad(divergence, q)
+    hidden = logits[is_masked]
+    loss = divergence.detach() + (gradient * (hidden - hidden.detach())).sum()   # the bracket is 0: `gradient` goes to the logits as it is
+    # the auxiliary: the teacher's own training (Eq. 2), with drafts in place of data
+    z_masked, is_masked = remask(z_hat, sample_ratio(B, 0, 1, generator, device), K, generator)
+    auxiliary_loss = F.cross_entropy(auxiliary(z_masked, c).float()[is_masked], z_hat[is_masked], label_smoothing=cfg.label_smoothing)
+    opt.zero_grad(set_to_none=True)
+    auxiliary_loss.backward()
+    opt.step()
+    used = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
+    return loss, dict(auxiliary_loss=auxiliary_loss.detach(), entropy=entropy(logits.detach()), codes_used=used)
+
+
+def sdtt_target(teacher, z, c, now, middle, s, generator):
+    """What two of the teacher's steps say to the positions that one step of the student has to fill.
+
+    z (B, L) codes, of which the share `now` (B,) is hidden at first and `middle` (B,) after the teacher's first step
+    returns  z_masked (B, L), is_masked (B, L), logits (B, L, K): at the positions revealed first those of the first step, else of the second
+    """
+    rank = uniform(z.shape, generator, z.device).argsort(1).argsort(1)
+    is_masked, still = (rank < (r * z.shape[1]).round().clamp(min=1)[:, None] for r in (now, middle))     # nested; never none
+    z_masked = z.masked_fill(is_masked, teacher.K)
+    first = guided_logits(teacher, z_masked, c, s)
+    halfway = torch.where(is_masked & ~still, draw(first, 1.0, generator), z_masked)
+    second = guided_logits(teacher, halfway, c, s)
+    return z_masked, is_masked, torch.where(still[..., None], second, first)
+
+
+def sdtt_step(student, teacher, z, c, steps, s, generator):
+    """One training step of SDTT (Deschenaux and Gulcehre 2024): one of the student's `steps` learns two of the teacher's, which takes twice
+    as many. The caller runs backward.
+
+    z (B, L)  images' tokens; with steps = 1 everything is hidden, and they do not matter;   s: guidance of the teacher
+    returns   loss (): KL(student, teacher) per hidden token, their default; logs (dict of 0-dim tensors)
+    """
+    with torch.no_grad():
+        t = (uniform((len(z),), generator, z.device) * steps).floor()            # (B,), the student's steps 0 .. steps - 1
+        z_masked, is_masked, target = sdtt_target(teacher, z, c, mask_ratio(t / steps), mask_ratio((t + 0.5) / steps), s, generator)
+    logits = student(z_masked, c).float()[is_masked]                             # (N, K), of the N hidden positions
+    loss = F.kl_div(target[is_masked].log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean")
+    return loss, dict(entropy=entropy(logits.detach()))

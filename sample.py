@@ -12,6 +12,8 @@ train.py draws its sample sheets and evaluate.py its thousands of images with th
 """
 import argparse
 import copy
+import itertools
+import os
 import sys
 import textwrap
 import types
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import fpd
 from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, import_timm, load_maskgen, load_maskgit,
                     load_text_encoder)
-from tokenizer import VQGAN, TATiTok, find_weights, load_tatitok, load_vqgan, to_uint8
+from tokenizer import SUFFIXES, VQGAN, TATiTok, find_weights, load_strictly, load_tatitok, load_vqgan, read_weights, to_uint8
 
 FORMAT = 2                                                                       # of checkpoint.pt
 # The paper's public networks on the Hugging Face hub: repository, file, loader
@@ -48,15 +50,20 @@ def frozen(network, device):
     return network.to(device).eval().requires_grad_(False)
 
 
+def fill(network, state, what):
+    """A network of ours gets the weights that we saved for it. ValueError in one line unless keys and shapes are its own and all values finite."""
+    return load_strictly(network, read_weights(state, what), what)
+
+
 def load_part(path, device):
     """One prepared network (train.py, `cached`): rebuilt from the name of its class and its own arguments, frozen."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        part = {cls.__name__: cls for cls in PARTS}[saved["cls"]](**saved["args"])
-        part.load_state_dict(saved["state"])
+        part, state = {cls.__name__: cls for cls in PARTS}[saved["cls"]](**saved["args"]), saved["state"]
     except Exception as error:                                                   # a damaged file can make the unpickler raise anything
-        raise ValueError(f"{path}, which train.py prepared for this run, cannot be read ({type(error).__name__})") from error
-    return frozen(part, device)
+        raise ValueError(f"{path}, which train.py prepared for this run, cannot be read ({type(error).__name__}): without it, train.py "
+                         "prepares it anew") from error
+    return frozen(fill(part, state, str(path)), device)
 
 
 def official(dataset, part, given=None):
@@ -67,8 +74,10 @@ def official(dataset, part, given=None):
     return find_weights(part, given or None, file, repo, save_as=f"{repo.split('/')[1]}.safetensors" if file == "model.safetensors" else None)
 
 
-def official_parts(dataset, teacher=True):
-    """Which files a run with official networks needs to draw images."""
+def official_parts(dataset, teacher, given):
+    """Which files a run with official networks needs to draw images. given: those that the user named"""
+    if "text" in given and dataset != "laion":
+        raise ValueError(f"--text-weights is for laion: there is no text in {dataset}")
     return ["tokenizer"] + ["teacher"] * teacher + ["text"] * (dataset == "laion")
 
 
@@ -120,7 +129,7 @@ def imagenet_names():
 # ------------------------------------------------------------------------------------------------ runs on disk
 def newest_run(runs="runs"):
     """The run whose checkpoint is the newest. ValueError when there is none."""
-    found = sorted(Path(runs).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(filter(Path.is_file, Path(runs).glob("*/checkpoint.pt")), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError(f"no checkpoint in {runs}/*/ yet: train one with `python train.py` (add --smoke for a quick trial)")
     return found[-1].parent
@@ -130,16 +139,18 @@ def read_checkpoint(run):
     """runs/<name> -> what train.py saved there. Weights are mapped, not read: asking for the configuration alone costs nothing."""
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {run} is not a run, or has not saved yet")
+        raise ValueError(f"there is no file {path}: {run} is not a run, or has not saved yet")
+    kinds = dict(format=int, config=dict, names=list, parts=dict, student=dict, ema=dict, opt=dict, rng=torch.Tensor, step=int)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"format", "config", "names", "parts", "student", "ema", "opt", "rng", "step"} - saved.keys()
+        wrong, made = [key for key, kind in kinds.items() if not isinstance(saved.get(key), kind)], saved.get("format")
     except Exception as error:                                                   # a damaged file can make the unpickler raise anything
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); cut short?") from error
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {', '.join(sorted(missing))}")
-    if saved["format"] != FORMAT:
-        raise ValueError(f"{path} has format {saved['format']}, this program reads format {FORMAT}")
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut short, or another program's") from error
+    if isinstance(made, int) and made != FORMAT:                                 # first: another format may have other keys
+        raise ValueError(f"{path} has format {made}, {'newer' if made > FORMAT else 'older'} than {FORMAT}, which this program reads; it was "
+                         f"made with git revision {saved.get('versions', {}).get('git', 'unknown')}")
+    if wrong:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {', '.join(wrong)} should be in it")
     return saved
 
 
@@ -150,27 +161,26 @@ def load_run(run, device, teacher=True, given=None):
     teacher   False: not needed, so that an official teacher's file need not be there
     given     {"tokenizer": FILE, "teacher": FILE, "text": FILE}: where official files are now, if not where the run found them
     """
-    saved, given = read_checkpoint(run), {part: file for part, file in (given or {}).items() if file}
+    saved, given = read_checkpoint(run), given or {}
     cfg, parts = types.SimpleNamespace(**saved["config"]), saved["parts"]
     r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None)
     if cfg.dataset in OFFICIAL and not cfg.smoke:
         def where(part):
             return official(cfg.dataset, part, given.get(part) or (parts[part] if Path(parts[part]).is_file() else None))
-        files = find_all({part: partial(where, part) for part in official_parts(cfg.dataset, teacher)})
+        files = find_all({part: partial(where, part) for part in official_parts(cfg.dataset, teacher, given)})
         return load_official(r, cfg.dataset, files, device, saved["ema"])
     if given:
         raise ValueError(f"--{min(given)}-weights is for imagenet and laion, and {run} is a run of {cfg.dataset}{', smoke' * cfg.smoke}")
     for part, path in parts.items():
         setattr(r, part, load_part(path, device))
     set_text(r.text, r.teacher)
-    r.student = copy.deepcopy(r.teacher)                                         # same architecture, other weights
-    r.student.load_state_dict(saved["ema"])
+    r.student = fill(copy.deepcopy(r.teacher), saved["ema"], f"{run}/checkpoint.pt")   # same architecture, other weights
     return r
 
 
 def load_public(dataset, student_file, teacher, given, init_mask, device):
     """The public networks, without any run -> namespace like load_run's; step None, no student unless its file is named."""
-    files = find_all({part: partial(official, dataset, part, given[part]) for part in official_parts(dataset, teacher)})
+    files = find_all({part: partial(official, dataset, part, given.get(part)) for part in official_parts(dataset, teacher, given)})
     cfg = types.SimpleNamespace(**PUBLIC[dataset], dataset=dataset, smoke=False)
     cfg.init_mask = cfg.init_mask if init_mask is None else init_mask
     r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None)
@@ -256,13 +266,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run a command line: a mistake of the user's ends in one line (one for each missing part) and exit code 2, not in a traceback."""
+    """Run a command line. No tracebacks: a mistake of the user's ends in one line (one for each missing part) and code 2, Ctrl-C in 130."""
     try:
         main()
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}")
+        sys.exit(130)
 
 
 def model_arguments(parser):
@@ -277,7 +290,7 @@ def model_arguments(parser):
 
 def load_models(args, device, student, teacher):
     """What `model_arguments` say -> namespace as of load_run. student, teacher: which of the two the caller is going to use."""
-    given = {part: getattr(args, f"{part}_weights") for part in ("tokenizer", "teacher", "text")}
+    given = {part: getattr(args, f"{part}_weights") for part in ("tokenizer", "teacher", "text") if getattr(args, f"{part}_weights")}
     if args.run and (args.student or args.dataset):
         raise ValueError(f"--run and --{'student' if args.student else 'dataset'} exclude each other")
     if args.init_mask is not None and not args.student:
@@ -292,12 +305,31 @@ def load_models(args, device, student, teacher):
 
 def class_index(text, names):
     """"207" or "red circle" -> label. ValueError names what there is."""
+    if text in names:                                                            # first: folders are often called 1, 2, 3
+        return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    if text in names:
-        return names.index(text)
     some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     raise ValueError(f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or a name ({some})")
+
+
+def tell_cut(text, captions):
+    """Say which captions are longer than CLIP reads, and what is lost: of five at most. Other encoders read all that they know."""
+    if isinstance(text, TextEncoder):
+        for caption, lost in itertools.islice(text.cut_captions(captions).items(), 5):
+            print(f"caption longer than 77 tokens: {caption[:40]!r}... loses its end, {lost[:60]!r}")
+
+
+def check_seed(seed, flag="--seed"):
+    if not 0 <= seed < 2 ** 32:                                                  # `generators` makes larger numbers of it, of 64 bits
+        raise ValueError(f"{flag} should be between 0 and {2 ** 32 - 1}, got {seed}")
+
+
+def check_writable(folder):
+    """ValueError where a folder, there or to be made, cannot be written into: before the work is done, not after it."""
+    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{folder} cannot be written into: {there} is {'read-only' if there.is_dir() else 'not a folder'}")
 
 
 def condition(run, label, prompt, n):
@@ -306,6 +338,7 @@ def condition(run, label, prompt, n):
         raise ValueError("this run draws captions: use --prompt" if run.text else "this run draws classes: use --class")
     if run.text:
         captions = [prompt if prompt is not None else run.names[i % len(run.names)] for i in range(n)]
+        tell_cut(run.text, captions)
         return run.text.encode(captions), repr(prompt) if prompt is not None else "the captions of its sheets"
     if label is None:
         return torch.arange(n) % len(run.names), "all classes"
@@ -320,24 +353,30 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="sample.png")
     parser.add_argument("--teacher", action="store_true", help="the multi-step teacher in place of the student")
-    parser.add_argument("--steps", type=int, default=16, help="teacher's steps")
+    parser.add_argument("--steps", type=int, help="teacher's steps, 16 if not given")
     model_arguments(parser)
     args = parser.parse_args()
-    if args.n < 1 or args.seed < 0:
-        raise ValueError(f"--n should be at least 1 and --seed at least 0, got {args.n} and {args.seed}")
+    if args.n < 1:
+        raise ValueError(f"--n should be at least 1, got {args.n}")
+    check_seed(args.seed)
+    if args.steps is not None and not args.teacher:
+        raise ValueError("--steps goes with --teacher: a student takes one step")
     if args.teacher and args.student:
         raise ValueError("--teacher and --student exclude each other")
     if args.dataset and not args.teacher and not args.student:
         raise ValueError(f"--dataset {args.dataset} is for the public networks: add --teacher, or --student FILE")
     if args.prompt is not None and args.label is not None:
         raise ValueError("--prompt and --class exclude each other")
+    if Path(args.out).is_dir() or Path(args.out).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out {args.out} should be a picture to be made, such as sample.png ({', '.join(sorted(SUFFIXES))})")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no such folder")
+    check_writable(Path(args.out).parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = load_models(args, device, student=not args.teacher, teacher=args.teacher)
-    model, steps = (run.teacher, args.steps) if args.teacher else (run.student, 0)
-    if args.teacher and not 1 <= args.steps <= model.L:
-        raise ValueError(f"--steps should be between 1 and {model.L}, got {args.steps}")
+    model, steps = (run.teacher, 16 if args.steps is None else args.steps) if args.teacher else (run.student, 0)
+    if args.teacher and not 1 <= steps <= model.L:
+        raise ValueError(f"--steps should be between 1 and {model.L}, got {steps}")
     c, what = condition(run, args.label, args.prompt, args.n)
     images = generate(model, run.tokenizer, c, run.cfg, steps, args.seed, batch=16, progress="sample")
     columns = min(8, args.n)

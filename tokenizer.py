@@ -9,7 +9,6 @@ Also here, since every file of ours may import this one: finding and reading fil
 
     B images in the batch   L tokens per image   K codebook entries   d code width   P = sqrt(L) tokens per side
 """
-import itertools
 import math
 import pickle
 import random
@@ -96,6 +95,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 COUNTS = {"two": 2, "three": 3, "four": 4}
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}    # where the first object is, x to the right, y down
+LAYOUTS = {1: [(2, 2)], 2: [(1, 2), (3, 2)], 3: [(1, 1), (3, 1), (2, 3)], 4: [(1, 1), (3, 1), (1, 3), (3, 3)]}    # centres, x, y in quarters
 SCENE_WORDS = ("a", "and", *COUNTS, *COLOURS, *SHAPES, *PLURALS, "left", "right", "of", "above", "below")
 ONE = f"a (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
 SENTENCE = re.compile(f"{ONE}(?: (and|{'|'.join(RELATIONS)}) {ONE})?|({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(PLURALS)})")
@@ -141,27 +141,28 @@ def scene_captions(n, seed):
 
 
 def scenes(captions, seed, size=32):
-    """Render the scenes world: the objects of each caption on a plain dark ground, in as many cells of a 2 x 2 grid.
+    """Render the scenes world: the objects of each caption on a plain dark ground: one in the middle, two in a row or column, more as on dice.
 
     captions (list of N str)   seed: equal captions and seed give equal images
-    Cells, places within them, sizes, turns, hues and ground vary, and so do colours that are not said. Objects never touch.
+    Who stands left, where it is not said, places, sizes, turns, hues and ground vary, and so do colours that are not said.
+    Objects never touch.
     returns (N, 3, size, size) uint8. ValueError as of parse_caption
     """
     generator = torch.Generator().manual_seed(seed)
     palette, known = torch.tensor(list(COLOURS.values())), list(COLOURS)
-    cells = size / 4 * torch.tensor([[1, 1], [3, 1], [1, 3], [3, 3]])           # centres, x, y
-    orders = {None: list(itertools.permutations(range(4)))}                     # which cell is the first object's, the second's ...
-    for relation, side in RELATIONS.items():
-        orders[relation] = [order for order in orders[None] if ((cells[order[0]] - cells[order[1]]) @ torch.tensor(side).float()) > 0]
     parsed = [parse_caption(caption) for caption in captions]
     images = torch.empty(len(parsed), 3, size, size, dtype=torch.uint8)
     for start in range(0, len(parsed), 1024):                                   # chunks: the distance maps are large
         part = parsed[start:start + 1024]
         n, between = len(part), ranges(len(part), generator)
-        chance = torch.rand(n, generator=generator).tolist()
-        cell = torch.tensor([orders[p["relation"]][int(u * len(orders[p["relation"]]))] for p, u in zip(part, chance)])          # (n, 4)
+        is_left, place = torch.randint(2, (n,), generator=generator), torch.zeros(n, 4, 2)
+        for i, p in enumerate(part):
+            x, y = RELATIONS[p["relation"] or ("right of", "left of")[is_left[i]]]
+            at = torch.tensor(LAYOUTS[len(p["objects"])])
+            at = at.flip(1) if y else at                                        # a column
+            place[i, :len(at)] = at.flip(0) if x + y > 0 else at
         colour = torch.randint(len(known), (n, 4), generator=generator)
-        centre, radius, angle = cells[cell] + between(-.015, .015, 4, 2) * size, between(.165, .175, 4) * size, between(-.05, .05, 4)
+        centre, radius, angle = size / 4 * place + between(-.015, .015, 4, 2) * size, between(.165, .175, 4) * size, between(-.05, .05, 4)
         hue = between(-.03, .03, 4, 3)
         image = (-.75 + between(-.05, .05)).view(n, 1, 1, 1).repeat(1, 3, size, size)       # one dark ground: every tone needs codes of its own
         for k in range(4):                                                      # the k-th object of the images that have one
@@ -199,16 +200,21 @@ def read_captions(path):
 
 
 # ------------------------------------------------------------------------------------------------ images: files
-def read_image(path, size):
-    """Any image file -> (3, size, size) uint8: EXIF turns applied, RGB, centre square, Lanczos. ValueError when it is not an image."""
+def open_image(path):
+    """Any image file -> PIL image: EXIF turns applied, RGB. ValueError when it is not an image."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                      # 16-bit grey: PIL would clip it to white
                 image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+            return image.convert("RGB")
+    except Exception as error:                                                  # a damaged file can make a decoder raise anything
+        raise ValueError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from error
+
+
+def read_image(path, size):
+    """Any image file -> (3, size, size) uint8: centre square, Lanczos. ValueError when it is not an image."""
+    image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 

@@ -10,8 +10,11 @@
     python train.py --dataset folder --data DIR       # your own images, one subfolder per class
     python train.py --dataset imagenet --gpus 1       # the paper's class-conditional run: labels only, no images
     python train.py --dataset laion --captions FILE   # the paper's text-to-image run
+    python train.py --dataset imagenet --gpus 4       # four GPUs; or torchrun --nproc-per-node 4 train.py --dataset imagenet
+    python train.py --method dimo                     # for comparison: Di[M]O, or sdtt, in place of FPD; with each --dataset
     python train.py --smoke                           # under a minute: proves the set-up, learns nothing; with each --dataset
     python train.py --resume                          # the newest run goes on, with its own settings
+    python train.py --ablations 3                     # Tables 3 and 4 in miniature, three seeds; with shapes, scenes, folder
 """
 import argparse
 import copy
@@ -22,14 +25,23 @@ import json
 import math
 import os
 import platform
+import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 import types
+import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -50,11 +62,13 @@ class Config:
     dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
     data: str = ""                    # folder: the directory with one subfolder of images per class; official networks: real images for the GAN
     captions: str = ""                # laion: the file with one caption per line
+    method: str = "fpd"               # fpd | dimo | sdtt: the last two for comparison (Table 2)
     anywhere: bool = False            # shapes: objects anywhere on the canvas, the hard world, in place of near its centre
     name: str = ""                    # runs/<name>; made from the settings above when empty
     resume: bool = False              # go on with an interrupted run (the newest, or --name) and its settings
-    gpus: int = None                  # 0: CPU, 1: one CUDA GPU; 1 where there is one when not given
+    gpus: int = None                  # 0: CPU, N: N CUDA GPUs, a process each; 1 where there is one when not given
     smoke: bool = False               # tiny step counts: proves the set-up, learns nothing
+    ablations: int = 0                # seeds for each row of ABLATIONS, for which the other settings are the base; 0: a single run
     seed: int = 0                     # of the distillation, its samples and its report
     # preparation of the small worlds
     prepare_seed: int = 0             # of tokenizer, Phi, judge and teacher: runs with other --seed share them, as they would official ones
@@ -95,9 +109,11 @@ class Config:
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
     gan_weight: float = 0.0           # lambda of Sec. 3.4: the GAN's gradient at the decoded image, relative to the drift's; 0: no GAN
     gan_start: int = 0                # steps without the GAN's gradient at first; the discriminator learns from the beginning
+    jeffrey: float = 0.0              # dimo: weight of the reverse KL in its divergence
+    label_smoothing: float = 0.1      # dimo: in the auxiliary's training, as in the official teachers'
     # optimisation
     steps: int = 100_000
-    batch: int = 32
+    batch: int = 32                   # of each process, so N GPUs see N times as many drafts a step (the paper's 32 is not said to be per GPU)
     lr: float = 1e-5
     warmup: int = 100
     decay: float = 0.0                # the last share of the steps over which the learning rate falls to 0; the paper's is constant
@@ -107,22 +123,38 @@ class Config:
     # bookkeeping
     log_every: int = 10
     sample_every: int = 1000
-    save_every: int = 1000
+    save_every: int = 1000            # of the preparation's trainings, too
 
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
              draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5,
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
-# Scenes: what matters is what the caption says, so less crowd; its teacher needs 8 steps for a sample worth learning from
-SCENES = {**SMALL, "teacher_steps": 1600, "steps": 120, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.5, "refine_steps": 8,
-          "crowd": 1.0}
+# Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 2000 captions
+# where shapes has 24 classes, each met once or twice: more of them in a batch, a lower learning rate and more steps
+SCENES = {**SMALL, "teacher_steps": 1600, "steps": 600, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.2,
+          "refine_steps": 8, "crowd": 0.5, "teacher_cfg": 3.0}
+# What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
+METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
+# ... and in the small worlds. Their teachers learn without label smoothing. SDTT: its last round, the one that counts, needs a learning rate;
+# without codes in z_init the sampling is its only noise, so it stays warm
+SMALL_METHODS = {"fpd": {}, "dimo": dict(draft_temperature=1.0, label_smoothing=0.0), "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0)}
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
+# The rows of --ablations: the paper's table, a name, what differs from the base, the paper's GenEval score (overall). Without r = 1 in 3b:
+# there nothing of the draft is left, so that both rows would mostly learn the same
+ABLATIONS = [("", "FPD, the base", {}, 0.43),
+             ("3a", "soft embedding", dict(estimator="soft"), 0.38), ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5), 0.42),
+             ("3a", "STE + GAN", dict(gan_weight=0.5), 0.45),
+             ("3b", "own draft, no r = 1", dict(far=0.0), 0.43), ("3b", "random draft, no r = 1", dict(draft="random", far=0.0), 0.22),
+             ("4a", "pixel space", dict(space="pixel"), 0.21), ("4a", "one bandwidth", dict(bandwidths=(0.05,)), 0.41),
+             ("4b", "pooled, grid 1", dict(grid=1), 0.34), ("4b", "shallow blocks", dict(blocks=(0, 1)), 0.35),
+             ("4b", "deep blocks", dict(blocks=(2, 3)), 0.42),
+             ("2", "Di[M]O", dict(method="dimo", **SMALL_METHODS["dimo"]), None), ("2", "SDTT", dict(method="sdtt", **SMALL_METHODS["sdtt"]), None)]
 # What a run was made of: --resume cannot change it
-FIXED = ("dataset", "data", "captions", "anywhere", "smoke", "prepare_seed", "tokenizer_steps", "classifier_steps", "teacher_steps", "backbone",
-         "blocks", "init_mask")
+FIXED = ("dataset", "method", "data", "captions", "anywhere", "smoke", "prepare_seed", "tokenizer_steps", "classifier_steps", "teacher_steps",
+         "backbone", "blocks", "init_mask")
 
 
 def parse(argv=None):
@@ -145,14 +177,18 @@ def parse(argv=None):
         folder = run_folder(Config(name=typed.get("name", ""), resume=True))
         saved = sample.read_checkpoint(folder)
         settings = {**dataclasses.asdict(Config()), **saved["config"], "name": folder.name}
-        for key in FIXED:
+        for key in FIXED + ("steps",) * (settings["method"] == "sdtt"):          # whose rounds are quarters of the run
             if typed.get(key, settings[key]) != settings[key]:
                 raise ValueError(f"--resume: --{key.replace('_', '-')} of {folder} is {settings[key]!r} and cannot become {typed[key]!r}")
+        unknown = settings.keys() - vars(Config()).keys()
+        if unknown:
+            raise ValueError(f"--resume: {folder} has settings that this program does not know: {', '.join(sorted(unknown))}")
         if saved["step"] >= typed.get("steps", settings["steps"]):
             raise ValueError(f"--resume: {folder} has done its {saved['step']} steps; --steps N goes further, evaluate.py makes the report")
     else:
         of_dataset = {"imagenet": {}, "laion": LAION, "scenes": SCENES}.get(typed.get("dataset"), SMALL)
-        settings = {**of_dataset, **(SMOKE if typed.get("smoke") else {})}
+        of_method = METHODS if typed.get("dataset") in sample.OFFICIAL else SMALL_METHODS
+        settings = {**of_dataset, **of_method.get(typed.get("method"), {}), **(SMOKE if typed.get("smoke") else {})}
     cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
@@ -163,20 +199,31 @@ def check(cfg):
     def want(ok, text):
         if not ok:
             raise ValueError(text)
-    want(cfg.prepare_seed >= 0, f"--prepare-seed should not be negative, got {cfg.prepare_seed}")
-    for name, options in dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"), affinity=("joint", "apart"), estimator=("ste", "soft"),
-                              draft=("student", "random"), space=("feature", "pixel")).items():
+    for name in ("seed", "prepare_seed"):
+        sample.check_seed(getattr(cfg, name), f"--{name.replace('_', '-')}")
+    for name, options in dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"), method=tuple(METHODS),
+                              affinity=("joint", "apart"), estimator=("ste", "soft"), draft=("student", "random"),
+                              space=("feature", "pixel")).items():
         want(getattr(cfg, name) in options, f"--{name} should be one of {', '.join(options)}, got {getattr(cfg, name)!r}")
-    want(cfg.seed >= 0, f"--seed should not be negative, got {cfg.seed}")
+    for f in dataclasses.fields(cfg):
+        values = getattr(cfg, f.name) if f.type is tuple else [getattr(cfg, f.name)]
+        want(all(math.isfinite(value) for value in values if isinstance(value, float)), f"--{f.name.replace('_', '-')} should be finite")
+    want(cfg.ablations >= 0, f"--ablations, a number of seeds, should not be negative, got {cfg.ablations}")
+    want(not cfg.ablations or cfg.dataset not in sample.OFFICIAL, "--ablations goes with --dataset shapes, scenes or folder")
+    want(not (cfg.ablations and cfg.resume), "--ablations goes on by itself: type the same command again, without --resume")
+    want(not cfg.ablations or max(cfg.gpus or 0, int(os.environ.get("WORLD_SIZE", 1))) <= 1, "--ablations runs in one process: --gpus 0 or 1")
     for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "refine_steps", "log_every", "sample_every", "save_every"):
         want(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} should be at least 1, got {getattr(cfg, name)}")
     want(cfg.per_class >= 2, f"--per-class should be at least 2: a draft's negatives are the other drafts; got {cfg.per_class}")
     want(cfg.batch >= 2 and cfg.batch % cfg.per_class == 0, f"--batch should be a multiple of --per-class {cfg.per_class}, got {cfg.batch}")
     want(0 < cfg.init_mask <= 1, f"--init-mask is a share, between 0 and 1, got {cfg.init_mask}")
     want(0 <= cfg.remask_min < cfg.remask_max <= 1, f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: shares, min below max")
-    for name in ("draft_temperature", "temperature"):
+    for name in ("far", "decay", "ema"):
+        want(0 <= getattr(cfg, name) <= 1, f"--{name} is a share, between 0 and 1, got {getattr(cfg, name)}")
+    for name in ("draft_temperature", "temperature", "lr", "clip"):
         want(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} should be positive, got {getattr(cfg, name)}")
     want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
+    want(cfg.dataset == "shapes" or not cfg.anywhere, "--anywhere goes with --dataset shapes")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
     want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
     want(cfg.dataset == "laion" and not cfg.smoke or not cfg.captions, "--captions goes with --dataset laion, and not with --smoke")
@@ -185,33 +232,142 @@ def check(cfg):
              f"--{part}-weights goes with --dataset imagenet or laion, and not with --smoke")
     want(cfg.dataset == "laion" or not cfg.text_weights, "--text-weights goes with --dataset laion")
     want(cfg.gan_weight or not (cfg.deit_weights or cfg.efficientnet_weights), "--deit-weights and --efficientnet-weights go with --gan-weight")
-    for name in ("gan_weight", "gan_start"):
+    for name in ("gan_weight", "gan_start", "warmup", "crowd", "confidence_noise"):
         want(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} should not be negative, got {getattr(cfg, name)}")
     want(cfg.dataset == "folder" or (cfg.dataset in sample.OFFICIAL and cfg.gan_weight and not cfg.smoke) or not cfg.data,
          "--data goes with --dataset folder, or with imagenet or laion and --gan-weight, there not with --smoke")
     want(not cfg.gan_weight or cfg.dataset not in sample.OFFICIAL or cfg.smoke or cfg.data,
          f"--gan-weight with {cfg.dataset} needs --data DIR: real images, at any depth")
+    want(cfg.method == "fpd" or not cfg.gan_weight, f"--gan-weight goes with --method fpd, got {cfg.method}")
+    want(cfg.method != "sdtt" or cfg.init_mask == 1, f"--method sdtt begins with everything hidden, --init-mask 1, got {cfg.init_mask}")
+    want(0 <= cfg.label_smoothing < 1, f"--label-smoothing is a share, below 1, got {cfg.label_smoothing}")
     want(1 <= cfg.grid <= 32, f"--grid should be between 1 and 32, the pixels of the smallest images, got {cfg.grid}")
     want(cfg.dataset in sample.OFFICIAL or set(cfg.blocks) <= set(range(4)), f"--blocks of the small Phi are 0 to 3, got {cfg.blocks}")
     want(cfg.lift_chunk is None or cfg.lift_chunk >= 1, f"--lift-chunk should be at least 1, got {cfg.lift_chunk}")
-    want(cfg.gpus in (None, 0, 1), f"--gpus should be 0 or 1, got {cfg.gpus}")
-    want(cfg.gpus != 1 or torch.cuda.is_available(), "--gpus 1: there is no CUDA device here; leave --gpus away to run on the CPU")
+    want(cfg.gpus is None or cfg.gpus >= 0, f"--gpus should not be negative, got {cfg.gpus}")
+    want((cfg.gpus or 0) <= torch.cuda.device_count(),
+         f"--gpus {cfg.gpus}: there are {torch.cuda.device_count()} CUDA devices here; leave --gpus away to run on the CPU")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    want(started == 1 or cfg.gpus in (None, 0, started), f"--gpus {cfg.gpus}, but {started} processes were started; leave --gpus away")
+
+
+# ------------------------------------------------------------------------------------------------ stopping and going on
+@contextmanager
+def ctrl_c():
+    """with ctrl_c() as pressed: Ctrl-C only fills that list, so that the step under way is finished and what is saved is whole.
+
+    A second Ctrl-C does not wait. One that came too late for the loop stops the program where the block ends.
+    """
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def tensors(content):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for x in content.values() if isinstance(content, dict) else content:
+            yield from tensors(x)
+
+
+def save(path, content):
+    """Whole, finite and readable, or not at all: only what was forced to the disk and read back takes the old file's place. OSError"""
+    path, new = Path(path), Path(f"{path}.tmp")
+    if not all(torch.isfinite(t).all() for t in tensors(content)):
+        raise ValueError(f"{path} would have held numbers that are NaN or infinite; it was left as it is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(new, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(new) as written:                                    # torch.load does not look at the checksums
+            if written.testzip():
+                raise OSError("what was written cannot be read back")
+        os.replace(new, path)
+    except Exception as error:
+        raise OSError(f"{path} could not be written, and was left as it is: {str(error).splitlines()[0]}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def versions():
+    """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
+    git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    return dict(python=platform.python_version(), torch=version("torch"), numpy=version("numpy"), git=git or "unknown")
+
+
+def check_finite(recent, stage, good):
+    """ValueError with the first step and term that is NaN or infinite. recent: list of (step, {term: number}), emptied when all is well
+
+    stage   of the run, in words;   good: the file where its last good state would be
+    """
+    for step, terms in recent:
+        for term, value in terms.items():
+            if not math.isfinite(value):
+                last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
+                raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
+    recent.clear()
 
 
 # ------------------------------------------------------------------------------------------------ preparation
-def schedule(parameters, lr, steps, weight_decay=0.0):
-    """AdamW with a one-cycle learning rate: the short trainings of the preparation. -> optimiser, scheduler"""
-    opt = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
+class Training:
+    """The short training of one part, with AdamW and a one-cycle learning rate.
 
+    Every `save_every` steps and on Ctrl-C all that changes is saved in `file`. The same command goes on from there, to the same result.
+    """
+    def __init__(self, part, file, save_every):
+        self.part, self.file, self.save_every = part, file, save_every
 
-def update(loss, opt, sched, parameters=()):
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
-    if parameters:
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-    opt.step()
-    sched.step()
+    def steps(self, network, n, lr, weight_decay=0.0, clip=math.inf, also=()):
+        """0 ... n - 1, with a bar. clip: gradient norm; also: a tensor and a generator which change as well"""
+        self.parameters, self.clip = list(network.parameters()), clip
+        self.opt = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, lr, total_steps=max(n + 1, 11), pct_start=0.1)      # 10 would divide by 0
+        access = [(x.state_dict, x.load_state_dict) for x in (network, self.opt, self.sched)]
+        for x in (*also, torch.default_generator, *torch.cuda.default_generators):
+            access.append((x.clone, x.copy_) if torch.is_tensor(x) else (x.get_state, x.set_state))
+        start = 0
+        if self.file.exists():
+            try:
+                saved = torch.load(self.file, map_location="cpu", weights_only=True)
+                for (_, put), state in zip(access, saved["states"], strict=True):
+                    put(state)
+                start = saved["step"]
+            except Exception as error:                                           # damaged, or of another device
+                raise ValueError(f"the interrupted training in {self.file} cannot go on here ({type(error).__name__}): "
+                                 "remove the file, and it begins anew") from error
+            print(f"{self.part}: going on after step {start}")
+        self.bar = tqdm(range(start, n), self.part, initial=start, total=n)
+        with ctrl_c() as interrupted:
+            for step in self.bar:
+                yield step
+                if interrupted or (step + 1) % self.save_every == 0:
+                    save(self.file, dict(step=step + 1, states=[get() for get, _ in access]))
+                if interrupted:
+                    raise KeyboardInterrupt(f"stopped; saved after step {step + 1} of the {self.part}. Go on with the same command")
+
+    def update(self, loss):
+        """One step down the gradient of the loss (). ValueError when either is not finite"""
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        check_finite([(self.sched.last_epoch + 1, dict(loss=loss.detach(), grad_norm=norm))], self.part, self.file)
+        self.opt.step()
+        self.sched.step()
 
 
 @torch.no_grad()
@@ -236,16 +392,14 @@ def reseed_codes(vq, e, z, usage, everything=False):
         usage[dead] = 10
 
 
-def train_tokenizer(cfg, device):
+def train_tokenizer(cfg, device, training):
     """VQGAN on the world's images: L1 + L2 reconstruction, codebook and commitment loss. (At this size it is sharp without a GAN.)"""
     images, _, _ = tok.world(cfg, "train")
     args = dict(K=256) if cfg.dataset == "scenes" else {}                        # several small objects: more kinds of edges
     vq = tok.VQGAN(**args).to(device)
-    opt, sched = schedule(vq.parameters(), 5e-3, cfg.tokenizer_steps)
     usage = torch.zeros(vq.K, device=device)
     begin = cfg.tokenizer_steps // 10                                            # a plain autoencoder first: codes need somewhere to go
-    bar = tqdm(range(cfg.tokenizer_steps), "tokenizer")
-    for step in bar:
+    for step in training.steps(vq, cfg.tokenizer_steps, 5e-3, also=[usage]):
         x = tok.to_float(images[torch.randint(len(images), (32,))]).to(device)   # (B, 3, 32, 32)
         e = vq.embed(x)                                                          # (B, L, d)
         z = vq.nearest(e)                                                        # (B, L)
@@ -256,11 +410,11 @@ def train_tokenizer(cfg, device):
         loss = reconstruction
         if step > begin:
             loss = loss + (q - e.detach()).pow(2).mean() + 0.25 * (e - q.detach()).pow(2).mean()
-        update(loss, opt, sched)
+        training.update(loss)
         if step == begin or (step > begin and step % 20 == 0 and step < 0.8 * cfg.tokenizer_steps):
             reseed_codes(vq, e.detach().flatten(0, 1), z.flatten(), usage, everything=step == begin)
         if step % 20 == 0:
-            bar.set_postfix(reconstruction=f"{reconstruction.item():.3f}", codes=int((usage > 1).sum()))
+            training.bar.set_postfix(reconstruction=f"{reconstruction.item():.3f}", codes=int((usage > 1).sum()))
     with torch.no_grad():
         x = tok.to_float(tok.world(cfg, "test")[0][:480])
         z = torch.cat([vq.encode(part.to(device)) for part in x.split(60)])
@@ -268,24 +422,31 @@ def train_tokenizer(cfg, device):
     return vq, args
 
 
-def train_classifier(cfg, device, split, width):
-    """Phi or the judge: a classifier of the world's classes; of scenes, which of the 24 coloured shapes are there."""
+def train_classifier(cfg, device, split, width, training):
+    """Phi or the judge: a classifier of the world's classes; of scenes, which of the 24 coloured shapes are there.
+
+    Phi has to paint the image from its last map besides: a classifier forgets what no class depends on, such as the ground and the place, and
+    what Phi does not see the drift cannot put right. (DINOv3, which learned without classes, keeps it.)
+    """
     images, labels, names = tok.world(cfg, split)
     if cfg.dataset == "scenes":
         images, labels = tok.scene_contents(images, labels)
         names = tok.shapes_names()
     args = dict(num_classes=len(names), width=width)
-    net = ConvNet(**args).to(device)
-    opt, sched = schedule(net.parameters(), 3e-3, cfg.classifier_steps, 0.01)
-    for _ in tqdm(range(cfg.classifier_steps), split):
+    net, painter = ConvNet(**args).to(device), nn.Conv2d(4 * width, 3 * 8 ** 2, 1).to(device)    # every place of the last map: 8 x 8 pixels
+    for _ in training.steps(nn.ModuleList([net, painter]) if split == "phi" else net, cfg.classifier_steps, 3e-3, weight_decay=0.01):
         i = torch.randint(len(images), (64,))
-        logits, target = net(tok.to_float(images[i]).to(device))[1], labels[i].to(device)
+        x, target = tok.to_float(images[i]).to(device), labels[i].to(device)
+        last = net.maps(x)[-1]                                                   # (B, 4 width, 4, 4)
+        logits = net.head(last.mean((2, 3)))
         loss = F.binary_cross_entropy_with_logits(logits, target) if cfg.dataset == "scenes" else F.cross_entropy(logits, target)
-        update(loss, opt, sched)
+        if split == "phi":
+            loss = loss + 5 * F.mse_loss(F.pixel_shuffle(painter(last), 8), x)
+        training.update(loss)
     return net, args
 
 
-def train_teacher(cfg, device, vq, text):
+def train_teacher(cfg, device, vq, text, training):
     """MaskGIT or MaskGen on the tokens: predict what is hidden (Eq. 2), the condition dropped for one image in ten so that guidance works."""
     images, c, names = tok.world(cfg, "train")
     with torch.no_grad():
@@ -294,17 +455,15 @@ def train_teacher(cfg, device, vq, text):
     args = dict(K=vq.K, L=vq.L) | (dict() if text else dict(num_classes=len(names)))
     teacher = (MaskGen if text else MaskGIT)(**args).to(device)
     sample.set_text(text, teacher)
-    opt, sched = schedule(teacher.parameters(), 2e-3, cfg.teacher_steps, 0.03)
     generator = torch.Generator(device).manual_seed(cfg.prepare_seed)
-    bar = tqdm(range(cfg.teacher_steps), "teacher")
-    for step in bar:
+    for step in training.steps(teacher, cfg.teacher_steps, 2e-3, weight_decay=0.03, clip=1.0, also=[generator]):
         i = torch.randint(len(z), (64,), device=device)
         z_masked, is_masked = fpd.remask(z[i], fpd.sample_ratio(64, 0, 1, generator, device), vq.K, generator)
         logits = teacher(z_masked, c[i], torch.rand(64, device=device) < 0.1)                      # (B, L, K)
         loss = F.cross_entropy(logits[is_masked], z[i][is_masked])                                       # Eq. 2
-        update(loss, opt, sched, list(teacher.parameters()))
+        training.update(loss)
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            training.bar.set_postfix(loss=f"{loss.item():.3f}")
     return teacher, args
 
 
@@ -327,8 +486,7 @@ def load_official(cfg, device):
     sample.load_official(parts, cfg.dataset, files, device)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
     if parts.captions:
-        for caption, lost in itertools.islice(parts.text.cut_captions(parts.captions).items(), 5):
-            print(f"caption longer than 77 tokens: {caption[:40]!r}... loses its end, {lost[:60]!r}")
+        sample.tell_cut(parts.text, parts.captions)
     parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
     return parts
 
@@ -349,40 +507,126 @@ def prepare(cfg, device):
     def cached(part, build, **settings):
         key = json.dumps({**made_from, **settings, "format": sample.FORMAT}, sort_keys=True)
         path = Path("runs/prepared") / f"{cfg.dataset}-{part}-{hashlib.sha256((part + key).encode()).hexdigest()[:10]}.pt"
+        half = Path(f"{path}.partial")
         if not path.exists():
             torch.manual_seed(4 * cfg.prepare_seed + len(files))
-            network, args = build()
+            network, args = build(Training(part, half, cfg.save_every))
             save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
+        half.unlink(missing_ok=True)                                             # outside of the branch: a kill may have left it behind
         files[part] = str(path)
         setattr(parts, part, sample.load_part(path, device))
 
     def untrained(cls, **args):
-        return cls(**args), args
+        return lambda training: (cls(**args), args)
 
     if cfg.dataset in sample.OFFICIAL:                                           # --smoke: the official networks' classes, tiny and untrained
         phi = dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", blocks=cfg.blocks, image_size=64)
-        cached("phi", lambda: untrained(Backbone, **phi), blocks=cfg.blocks)
+        cached("phi", untrained(Backbone, **phi), blocks=cfg.blocks)
     if cfg.dataset == "imagenet":
         parts.names = sample.imagenet_names()
-        cached("tokenizer", lambda: untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
-        cached("teacher", lambda: untrained(MaskGIT, num_classes=1000))
+        cached("tokenizer", untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
+        cached("teacher", untrained(MaskGIT, num_classes=1000))
     elif cfg.dataset == "laion":
-        cached("text", lambda: untrained(TextEncoder, width=64, depth=2, heads=1))
-        cached("tokenizer", lambda: untrained(tok.TATiTok, K=64, d=8, L=32, width=(64, 64), depth=(2, 2), text=(77, 64), image_size=64))
-        cached("teacher", lambda: untrained(MaskGen, K=64, L=32, width=64, text_width=64, T=77))
+        cached("text", untrained(TextEncoder, width=64, depth=2, heads=1))
+        cached("tokenizer", untrained(tok.TATiTok, K=64, d=8, L=32, width=(64, 64), depth=(2, 2), text=(77, 64), image_size=64))
+        cached("teacher", untrained(MaskGen, K=64, L=32, width=64, text_width=64, T=77))
         parts.captions, parts.names = sample.CAPTIONS, sample.CAPTIONS
     else:
         if cfg.dataset == "scenes":
             parts.captions = tok.world_captions(cfg, "train")
-            cached("text", lambda: untrained(Words))
+            cached("text", untrained(Words))
         parts.names = tok.world_names(cfg)
-        cached("tokenizer", lambda: train_tokenizer(cfg, device), steps=cfg.tokenizer_steps)
-        cached("phi", lambda: train_classifier(cfg, device, "phi", 32), steps=cfg.classifier_steps)
+        cached("tokenizer", partial(train_tokenizer, cfg, device), steps=cfg.tokenizer_steps)
+        cached("phi", partial(train_classifier, cfg, device, "phi", 32), steps=cfg.classifier_steps)
         if cfg.dataset != "scenes":                                              # which has an exact scorer
-            cached("judge", lambda: train_classifier(cfg, device, "judge", 24), steps=cfg.classifier_steps)
-        cached("teacher", lambda: train_teacher(cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps, tokenizer=files["tokenizer"])
+            cached("judge", partial(train_classifier, cfg, device, "judge", 24), steps=cfg.classifier_steps)
+        cached("teacher", partial(train_teacher, cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps,
+               tokenizer=files["tokenizer"])
     sample.set_text(parts.text, parts.teacher)
     return parts
+
+
+# ------------------------------------------------------------------------------------------------ several processes, one for each GPU
+# Each draws its own conditions and drafts, and compares them among themselves alone: drafts of different classes never meet in the drift
+# anyway (per_class), and DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two numbers are of a
+# process's own batch that would be of all drafts in one large batch: the unit of distance and the RMS of the drift.
+def launch(n):
+    """`n` processes of this command on this machine; ends as they end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = mp.start_processes(worker, (n, port), n, join=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches them without us
+    try:
+        while not processes.join():
+            pass
+    except mp.ProcessExitedException as stop:                                    # it has said why
+        sys.exit(stop.exit_code)
+
+
+def worker(rank, n, port):
+    """Process `rank` of `launch`, with the environment that torchrun would give it."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        sample.run_command(main)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def ranks():
+    """-> the rank of this process, 0 when it is alone, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def meet(device):
+    """Join the processes that `launch` or torchrun started, if any. -> this one's rank. Only rank 0 speaks and writes."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # "cuda" is this one from now on
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                             # rank 0 decides
+    return ranks()[0]
+
+
+def any_of_all(flag):
+    """Does any process say so? Waits for all of them; on the host, so that no GPU has to wait."""
+    if dist.is_initialized():
+        flag = torch.tensor(int(bool(flag)))
+        try:
+            dist.all_reduce(flag)
+        except RuntimeError:                                                     # one of them has failed, and said why; now we are ended, too
+            time.sleep(60)
+            sys.exit(1)
+    return bool(flag)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...]"""
+    everything = [x] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everything, x)
+    return everything
+
+
+def average_gradients(opt, *_):
+    """Before a step of `opt`: the mean of all processes' gradients, in place."""
+    for p in itertools.chain(*(group["params"] for group in opt.param_groups)):
+        p.grad /= ranks()[1]
+        dist.all_reduce(p.grad)
+
+
+def share_gradients(student, *helpers):
+    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
+    if ranks()[1] == 1:
+        return student
+    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
+    for helper in helpers:
+        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
+            helper.opt.register_step_pre_hook(average_gradients)
+    return shared
 
 
 # ------------------------------------------------------------------------------------------------ distillation
@@ -392,8 +636,8 @@ class Lift:
     cfg: blocks, grid (F = grid^2 positions), space, and lift_chunk: images at a time, nothing kept but what comes out: the backward
     pass computes the rest again. Exact, since neither decoder nor Phi looks at more than one image. None: all at once
     """
-    def __init__(self, tokenizer, phi, cfg):
-        self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
+    def __init__(self, tokenizer, phi, cfg, mark=lambda part: None):
+        self.tokenizer, self.phi, self.cfg, self.mark = tokenizer, phi, cfg, mark
 
     def in_chunks(self, f, *inputs):
         """f, which returns a list of tensors, on `lift_chunk` rows of the inputs at a time."""
@@ -404,11 +648,15 @@ class Lift:
 
     def decode(self, e, c):
         """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W); no clamp: it would stop the gradient."""
+        self.mark("decode")
         return self.in_chunks(lambda e, c: [self.tokenizer.decode(e, c)], e, c)[0]
 
     def features(self, images):
         """Images (B, 3, H, W) -> list of X (B, F, D)."""
-        return self.in_chunks(self.maps, images)
+        self.mark("lift")
+        X = self.in_chunks(self.maps, images)
+        self.mark("drift")
+        return X
 
     def maps(self, images):
         grid, X = self.cfg.grid, []
@@ -421,14 +669,6 @@ class Lift:
             m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)        # every location weighs the same
             X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))  # (B, F, D)
         return X
-
-
-def save(path, content):
-    """Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
 
 
 class Gan:
@@ -456,8 +696,9 @@ class Gan:
         The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then means the same for every network.
         """
         gan, logs = fpd.gan_step(self.discriminator, self.opt, images, self.real(len(images), generator).to(images), self.seen, generator)
-        self.seen += len(images)
-        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * len(images) else 0.0
+        batch = len(images) * ranks()[1]                                         # every process's drafts teach the same discriminator
+        self.seen += batch
+        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * batch else 0.0
         logs["gan_scale"] = torch.as_tensor(share)                               # lambda as it stands in the paper's sum
         return gradient + share * gan, logs
 
@@ -478,6 +719,48 @@ class Gan:
             return "the discriminator is lost: real images and drafts look the same to it"
 
 
+class DiMO:
+    """Di[M]O's auxiliary network and its optimiser (fpd.dimo_step)."""
+    def __init__(self, cfg, parts):
+        self.cfg, self.teacher, self.auxiliary = cfg, parts.teacher, copy.deepcopy(parts.teacher).requires_grad_(True)
+        self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)     # never slower than the student it follows
+
+    def step(self, student, c, step, generator):
+        return fpd.dimo_step(student, self.teacher, self.auxiliary, self.opt, c, self.cfg, generator)
+
+    def state(self):
+        return dict(auxiliary=self.auxiliary.state_dict(), opt=self.opt.state_dict())
+
+    def load(self, state):
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        self.opt.load_state_dict(state["opt"])
+
+
+class SDTT:
+    """SDTT's teacher of the round (fpd.sdtt_step). Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps: after each, the student becomes it."""
+    def __init__(self, cfg, parts):
+        self.cfg, self.original, self.teacher, self.round = cfg, parts.teacher, copy.deepcopy(parts.teacher), 0
+
+    def step(self, student, c, step, generator):
+        now, cfg = 4 * (step - 1) // self.cfg.steps, self.cfg
+        if now > self.round:
+            self.teacher.load_state_dict(student.state_dict())
+            self.round = now
+        if now < 3:                                                              # theirs are training data; ours, the first teacher's samples
+            z = fpd.sample_teacher(self.original, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+        else:
+            z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)          # all of it will be hidden
+        s = cfg.teacher_cfg if now == 0 else 1                                   # afterwards the guidance is learnt
+        return fpd.sdtt_step(student, self.teacher, z, c, 8 >> now, s, generator)
+
+    def state(self):
+        return dict(teacher=self.teacher.state_dict(), round=self.round)
+
+    def load(self, state):
+        self.teacher.load_state_dict(state["teacher"])
+        self.round = state["round"]
+
+
 def draw_condition(parts, cfg, generator):
     """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
     G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
@@ -489,7 +772,7 @@ def draw_condition(parts, cfg, generator):
 def learning_rate(step, cfg):
     """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
     left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)                # 1 where the fall begins, 0 after the last step
-    return cfg.lr * min(1, step / cfg.warmup) * (1 - math.cos(math.pi * min(1, left))) / 2
+    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
 
 
 def memory(student, parts, cfg, half, c):
@@ -529,58 +812,93 @@ def memory(student, parts, cfg, half, c):
     return (fixed + images) / 1e9
 
 
-def distil(cfg, parts, folder, device):
-    """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl and samples/ in `folder`."""
+def distil(cfg, parts, folder, device, mark=lambda part: None):
+    """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl (of rank 0's drafts) and samples/ in `folder`.
+
+    mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
+    """
+    rank, n_ranks = ranks()
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
     ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
-    generator = torch.Generator(device).manual_seed(cfg.seed)                    # all randomness of the distillation
+    generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
-    lift, E, start = Lift(parts.tokenizer, parts.phi, cfg), parts.tokenizer.E, 0
+    lift, E, start, made_with = Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, versions()
     c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     gan = Gan(cfg, parts, device) if cfg.gan_weight else None
-    print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
+    other = {"fpd": None, "dimo": DiMO, "sdtt": SDTT}[cfg.method]
+    other = other and other(cfg, parts)                                          # a comparison method, in place of fpd_step
+    if not other:                                                                # the estimate knows no other networks
+        print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
         saved = sample.read_checkpoint(folder)
         start = saved["step"]
-        if saved["rng"].shape != generator.get_state().shape:
+        states = torch.atleast_2d(saved["rng"])                                  # one for each process
+        if states[0].shape != generator.get_state().shape:
             raise ValueError(f"--resume: {folder} did not run on {device}, and its random numbers can only go on where they began")
-        student.load_state_dict(saved["student"])
-        ema.load_state_dict(saved["ema"])
+        if len(states) != n_ranks:
+            raise ValueError(f"--resume: {folder} ran in {len(states)} processes, which cannot become {n_ranks}: each has its own random numbers")
+        for network, part in ((student, "student"), (ema, "ema")):
+            sample.fill(network, saved[part], f"{part} of {folder}/checkpoint.pt")
         opt.load_state_dict(saved["opt"])
-        generator.set_state(saved["rng"])
+        generator.set_state(states[rank].clone())                                # torch refuses a view
         if gan and saved.get("gan"):                                             # none in a run that began without
             gan.load(saved["gan"])
+        if other:
+            other.load(saved["method"])
+        print(f"going on after step {start} of {folder}")
+        if saved.get("versions", made_with) != made_with:
+            print(f"saved with {saved['versions']}, going on with {made_with}: the same to the last bit only if the difference does not matter")
+
+    drafting, recent = share_gradients(student, gan, other), []                  # recent: steps whose numbers nobody has looked at
 
     def save_state(step):
-        save(folder / "checkpoint.pt", dict(
-            format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
-            student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=generator.get_state(),
-            gan=gan.state() if gan else None))
+        check_finite(recent, "distillation", folder / "checkpoint.pt")
+        states = gather(generator.get_state())
+        if rank == 0:
+            save(folder / "checkpoint.pt", dict(
+                format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
+                student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=torch.stack(states),
+                gan=gan.state() if gan else None, method=other.state() if other else None, versions=made_with))
+        any_of_all(False)                                                        # where it cannot be written, nobody goes on
 
-    interrupted, before = [], signal.getsignal(signal.SIGINT)
-
-    def interrupt(number, frame):
-        """Ctrl-C: the step is finished first, so that what is saved is whole. A second Ctrl-C does not wait."""
-        interrupted.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    log, bar = open(folder / "log.jsonl", "a"), tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps)
-    signal.signal(signal.SIGINT, interrupt)
-    try:
+    log = folder / "log.jsonl"
+    if not cfg.resume:
+        save_state(0)                                                            # a disk that is too small is noticed now, not after hours
+    elif rank == 0 and log.exists():                                             # steps that were not saved come once more
+        rows = log.read_text().splitlines(keepends=True)
+        os.truncate(log, sum(map(len, itertools.takewhile(lambda row: json.loads(row)["step"] <= start, rows))))
+    log = open(os.devnull if rank else log, "a" if cfg.resume else "w")
+    bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps, disable=rank > 0)
+    with log, ctrl_c() as interrupted:
         for step in bar:
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg)
+            mark("condition")
             c = draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
-            with half:
-                loss, logs, images = fpd.fpd_step(student, parts.teacher, lift, E, c, cfg, generator)
-            gradient, = torch.autograd.grad(loss, images)
-            if gan:
+            mark("student")
+            if other:
                 with half:
-                    gradient, gan_logs = gan.add(gradient, images, generator)
-                logs |= gan_logs
-            images.backward(gradient)
+                    loss, logs = other.step(drafting, c, step, generator)
+                mark("backward")
+                loss.backward()
+            else:
+                with half:
+                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator)
+                mark("backward")
+                gradient, = torch.autograd.grad(loss, images)
+                if gan:
+                    mark("gan")
+                    with half:
+                        gradient, gan_logs = gan.add(gradient, images, generator)
+                    logs |= gan_logs
+                mark("backward")
+                images.backward(gradient)                                        # the only one that DistributedDataParallel sees
+            mark("update")
             logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+            recent.append((step, dict(loss=loss.detach(), **logs)))
+            if E.device.type == "cpu" or step % cfg.log_every == 0:              # to look at them, a GPU would have to wait at every step
+                check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
             decay = min(cfg.ema, (1 + step) / (10 + step))                       # the ramp forgets the teacher's first drafts
@@ -594,19 +912,16 @@ def distil(cfg, parts, folder, device):
                 bar.set_postfix(loss=f"{row['loss']:.3f}", entropy=f"{row['entropy']:.2f}")
                 if gan and gan.verdict(row):
                     tqdm.write(f"step {step}: {gan.verdict(row)}")
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss is {row['loss']} at step {step}: {row}; the last good state is {folder / 'checkpoint.pt'}")
-            if step % cfg.sample_every == 0:
+            if step % cfg.sample_every == 0 and rank == 0:
                 sample_sheet(cfg, parts, ema, folder / "samples" / f"{step:06d}.png")
-            if step % cfg.save_every == 0 or step == cfg.steps or interrupted:
+            stop = any_of_all(interrupted)                                       # all of them after the same step
+            if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save_state(step)
-            if interrupted:
+            if stop:
                 bar.close()
-                print(f"\nstopped; saved after step {step}. Go on with: python train.py --resume --name {folder.name}")
-                sys.exit(130)
-    finally:
-        log.close()
-        signal.signal(signal.SIGINT, before)
+                how = "the same command" if cfg.ablations else f"python train.py --resume --name {folder.name}"
+                print(f"\nstopped; saved after step {step}. Go on with: {how}")
+                sys.exit(0 if rank else 130)                                     # whoever fails first ends the others, even while rank 0 saves
     return ema
 
 
@@ -622,37 +937,127 @@ def sample_sheet(cfg, parts, student, path):
 def run_folder(cfg):
     """runs/<name>: the one to resume, or a new one. A finished or foreign run is never written into."""
     runs = Path("runs")
+    name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
+    if cfg.ablations:
+        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see `ablate`
     if cfg.resume:
         folder = runs / cfg.name if cfg.name else sample.newest_run(runs)
         if not (folder / "checkpoint.pt").is_file():
             raise ValueError(f"--resume: there is no {folder / 'checkpoint.pt'}")
         return folder
     if cfg.name:
-        if (runs / cfg.name).exists():
+        if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
+            raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
+        begun = {"config.json", "samples", "checkpoint.pt.tmp"}                      # what a run leaves that was killed before its first save
+        if {path.name for path in (runs / cfg.name).glob("*")} - begun:
             raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
         return runs / cfg.name
-    name = cfg.dataset + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
     numbered = (runs / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(folder for folder in numbered if not folder.exists())
 
 
+# ------------------------------------------------------------------------------------------------ ablations (Tables 3 and 4)
+def write_json(path, content):
+    """Whole or not at all."""
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1))
+    os.replace(f"{path}.tmp", path)
+
+
+def ablation_runs(base, root):
+    """The runs of --ablations -> {(name of the row, seed): its Config}. ValueError where one is there already, with other settings."""
+    runs = {}
+    for seed in range(base.seed, base.seed + base.ablations):                    # all rows with one seed, then with the next
+        for _, row, settings, _ in ABLATIONS:
+            slug = "-".join(re.sub("[^a-z0-9 ]", "", row.lower()).split())
+            cfg = runs[row, seed] = dataclasses.replace(base, **settings, seed=seed, name=f"{root.name}/{slug}-{seed}")
+            check(cfg)
+            path = root.parent / cfg.name / "config.json"
+            settings = dataclasses.asdict(cfg)
+            made = json.loads(path.read_text()) if path.exists() else settings
+            for key, asked in settings.items():
+                had = made.get(key, getattr(Config, key))
+                if key != "ablations" and json.dumps(had) != json.dumps(asked):
+                    raise ValueError(f"{path.parent} ({row}, seed {seed}) was made with {key} {had}, not {asked}: "
+                                     "choose another --name, or remove it")
+    return runs
+
+
+def ablate(base, root, device):
+    """Tables 3 and 4 in miniature: every row of ABLATIONS with each seed over the same prepared networks, then their table and pictures.
+
+    base   Config, the settings that the rows share;   root: the folder of their runs, <row>-<seed>/, and of report.json and report.png
+    A run that has its score.json is kept, an interrupted one goes on from its checkpoint
+    """
+    runs, n = ablation_runs(base, root), 48 if base.smoke else 960               # all settings are good, before anything is made
+    print(f"{len(runs)} runs. Ctrl-C stops; the same command goes on")
+    parts, real = prepare(base, device), tok.world(base, "test")[:2]
+    for (row, seed), cfg in runs.items():
+        folder = root.parent / cfg.name
+        if (folder / "score.json").exists():
+            continue
+        print(f"\n{row}, seed {seed}: {folder}")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        start, seconds = sample.read_checkpoint(folder)["step"] if (folder / "checkpoint.pt").exists() else 0, None
+        if start < cfg.steps:
+            begin = time.time()
+            distil(dataclasses.replace(cfg, resume=start > 0), parts, folder, device)
+            seconds = (time.time() - begin) / (cfg.steps - start)                # sample sheets and all
+        run = sample.load_run(folder, device)
+        write_json(folder / "score.json", evaluate.score(run, run.student, 0, real, n) | dict(seconds_per_step=seconds))
+    run, (c, captions), rows = types.SimpleNamespace(**vars(parts), cfg=base), sample.shown(parts), []
+    teacher = root.parent / next(iter(runs.values())).name / "teacher.json"      # beside the base, whose settings it depends on
+    if not teacher.exists():
+        write_json(teacher, {T: evaluate.score(run, run.teacher, T, real, n) for T in (16, 1)})
+
+    def add(table, row, settings, paper, scores, run, model, steps):
+        rows.append((dict(table=table, row=row, settings=settings, paper=paper, scores=scores),
+                     sample.generate(model, run.tokenizer, c, run.cfg, steps, seed=0)))
+    for T, score in json.loads(teacher.read_text()).items():
+        add("", f"teacher {T}", {}, None, [score], run, run.teacher, int(T))
+    for table, row, settings, paper in ABLATIONS:
+        folders = [root.parent / cfg.name for (other, _), cfg in runs.items() if other == row]
+        run = sample.load_run(folders[0], device)
+        add(table, row, settings, paper, [json.loads((folder / "score.json").read_text()) for folder in folders], run, run.student, 0)
+    evaluate.ablation_report(rows, dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations, device=device,
+                                        torch=torch.__version__, base=dataclasses.asdict(base)), captions, root)
+
+
 def main():
-    cfg = parse()
+    cfg, several = parse(), "RANK" in os.environ
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
     folder = run_folder(cfg)
+    for place in (folder, "runs/prepared"):
+        sample.check_writable(place)
     if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:               # bad --data should end here, before anything is written
         raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept for the report")
+    if (cfg.gpus or 0) > 1 and not several:
+        return launch(cfg.gpus)
+    rank = meet(device)                                                          # after this, `folder` may exist
     print(f"run {folder} on {device}, torch {torch.__version__}, python {platform.python_version()}")
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    if cfg.ablations:
+        return ablate(cfg, folder, device)
     begin = time.time()
+    if rank:
+        any_of_all(False)                                                        # rank 0 prepares, the others find it done
     parts = prepare(cfg, device)
+    if not rank:
+        any_of_all(False)
+    if cfg.far and cfg.refine_steps > parts.teacher.L:
+        raise ValueError(f"--refine-steps should be between 1 and {parts.teacher.L}, the tokens of an image, got {cfg.refine_steps}")
     for part, path in parts.files.items():
         network = getattr(parts, part)
         print(f"{part}: {type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, {path}")
     prepared = time.time()
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    if not rank:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     distil(cfg, parts, folder, device)
+    if several:
+        dist.destroy_process_group()
+    if rank:
+        return                                                                   # the report is one process's work
     distilled = time.time()
     if cfg.dataset in sample.OFFICIAL:
         print(f"minutes: prepare {(prepared - begin) / 60:.1f}, distil {(distilled - prepared) / 60:.1f} | pictures: {folder / 'samples'}/ | "

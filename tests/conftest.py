@@ -4,15 +4,18 @@ No weights are stored there. Every weight is generated from its official key, so
 strictly can be checked at full size: case.weights() -> load -> case.inputs -> case.check(name, output).
 """
 import contextlib
+import functools
 import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +74,56 @@ def finished_run(tmp_path_factory, line, run=command):
     return folder, done
 
 
-def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):
+@pytest.fixture(scope="session")
+def smoke_runs(tmp_path_factory):
+    """-> function: name of a dataset -> a folder with one smoke run of it, and what the run said. One run serves all files; see `own_copy`."""
+    @functools.cache
+    def run(dataset):
+        import evaluate                                                # here: most tests do without
+        with pytest.MonkeyPatch.context() as patch:                    # the teacher's many rows are the slowest part
+            patch.setattr(evaluate, "report", functools.partial(evaluate.report, steps=(2,)))
+            return finished_run(tmp_path_factory, f"train.py --dataset {dataset} --smoke", in_process)
+    return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs without sample sheets and report, where they are not what is tested: most of the time goes there."""
+    import evaluate
+    import train
+    monkeypatch.setattr(evaluate, "report", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "sample_sheet", lambda *args: None)
+
+
+def own_copy(tmp_path_factory, *runs):
+    """A new folder with all that `smoke_runs` have made there: tests may write into it. The last run is the newest."""
+    folder = tmp_path_factory.mktemp("copy")
+    for original, _ in runs:
+        shutil.copytree(original, folder, dirs_exist_ok=True)
+    checkpoints = [next(original.glob("runs/*/checkpoint.pt")).relative_to(original) for original, _ in runs]
+    for i, path in enumerate(checkpoints):
+        os.utime(folder / path, (i, i))
+    return folder
+
+
+def official_normal(seed, shape):
+    return torch.from_numpy(np.asarray(np.random.RandomState(seed).standard_normal(shape), dtype=np.float32))
+
+
+def quick_normal(seed, shape):
+    """Where no recorded output is repeated."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=(), normal=official_normal):
     """The rule that made the weights. manifest: key -> shape; returns a state dict of float32 tensors.
 
     tied            key -> the key whose storage, hence value, it shares
     nonfloat_keys   integer buffers, which stay as constructed: they are left out
     """
-    state = {}
-    for key, shape in manifest.items():
-        if key in nonfloat_keys or key in tied:
-            continue
-        seed = (zlib.crc32(key.encode()) ^ fill_xor) & 0xffffffff
-        v = np.random.RandomState(seed).standard_normal(shape)
-        v = torch.from_numpy(np.asarray(v, dtype=np.float32))
-        last = key.rsplit(".", 1)[-1]
+    def fill(key):
+        shape, last = manifest[key], key.rsplit(".", 1)[-1]
+        v = normal((zlib.crc32(key.encode()) ^ fill_xor) & 0xffffffff, shape)
         if len(shape) >= 2:                                            # keeps activations near 1 through all layers
             v *= ((2 if len(shape) == 4 else 1) / np.prod(shape[1:])) ** 0.5
         elif last == "running_var":
@@ -93,7 +132,10 @@ def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):
             v = 1 + 0.1 * v
         else:
             v = 0.1 * v
-        state[key] = v
+        return v
+    keys = [key for key in manifest if key not in nonfloat_keys and key not in tied]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:                   # numpy draws without holding the interpreter's lock
+        state = dict(zip(keys, pool.map(fill, keys)))
     return state | {key: state[source] for key, source in dict(tied).items()}
 
 
@@ -114,9 +156,9 @@ class Case:
                 except SyntaxError:
                     pass
 
-    def weights(self):
+    def weights(self, normal=official_normal):
         info = self.info
-        return golden_fill(info["manifest"], info["fill_xor"], info.get("tied", ()), set(info.get("nonfloat_keys", ())))
+        return golden_fill(info["manifest"], info["fill_xor"], info.get("tied", ()), set(info.get("nonfloat_keys", ())), normal)
 
     def check(self, name, value, atol=2e-4):
         """Does this tensor or array equal the recorded output? Large ones were stored thinned out, with the mean and std of the whole."""
@@ -142,7 +184,8 @@ def official_files(folder, full=False):
     """Write the three files of the imagenet setting as their authors ship them, with generated weights -> {part: path}.
 
     full=False   sizes of the tiny cases: MaskGIT (16 tokens, K = 32, 10 classes, 4 heads), VQGAN (32 pixels, K = 48), a DINOv3 of width 192
-    full=True    the real sizes, 1.4 GB: MaskGIT-256, VQGAN f16-1024 with its loss networks, DINOv3 ViT-B/16; to be loaded without options
+    full=True    the real sizes, 1.4 GB: MaskGIT-256, VQGAN f16-1024 with its loss networks, DINOv3 ViT-B/16; to be loaded without options,
+                 and not the weights of the recorded cases
     """
     from models import import_timm                                     # here: most tests do without timm
     maskgit, vqgan = (load_case(*case) for case in ((("maskgit_transformer", "full256"), ("taming_vqgan", "full_f16_1024")) if full else
@@ -151,7 +194,8 @@ def official_files(folder, full=False):
     files = {"maskgit": Path(folder) / "MaskGIT_ImageNet_256.pth", "vqgan": Path(folder) / "last.ckpt",
              "backbone": Path(folder) / f"{backbone}.safetensors"}
 
-    state = maskgit.weights()
+    normal = quick_normal if full else official_normal
+    state = maskgit.weights(normal)
     moments = {"exp_avg": torch.zeros_like(state["pos_emb"])}          # of Adam; the real file has two for every weight
     torch.save({"iter": 7, "global_epoch": 3, "model_state_dict": OrderedDict(state),
                 "optimizer_state_dict": {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}}, files["maskgit"])
@@ -166,10 +210,10 @@ def official_files(folder, full=False):
         parameters.callback = gone.ModelCheckpoint()
         torch.save({"epoch": 1, "global_step": 2, "pytorch-lightning_version": "1.0.8", "hyper_parameters": parameters,
                     "callbacks": {gone.ModelCheckpoint: {"best_model_score": np.float64(0.5), "dirpath": Path("logs")}},
-                    "state_dict": OrderedDict(vqgan.weights()) | {key: torch.zeros(shape) for key, shape in extra.items()}}, files["vqgan"])
+                    "state_dict": OrderedDict(vqgan.weights(normal)) | {key: torch.zeros(shape) for key, shape in extra.items()}}, files["vqgan"])
     finally:
         del sys.modules[gone.__name__]
 
     net = import_timm().create_model(backbone, num_classes=0)
-    save_file(golden_fill({key: list(value.shape) for key, value in net.state_dict().items()}), files["backbone"])
+    save_file(golden_fill({key: list(value.shape) for key, value in net.state_dict().items()}, normal=normal), files["backbone"])
     return files

@@ -1,10 +1,12 @@
-"""The switches of the paper's ablations (Tables 3 and 4) and its optional GAN (Sec. 3.4): each does what it says."""
+"""The switches of the paper's ablations (Tables 3 and 4) and its optional GAN (Sec. 3.4): each does what it says; and their table."""
+import dataclasses
 import json
+import signal
 import types
 
 import pytest
 import torch
-from conftest import in_process
+from conftest import in_process, refused
 from PIL import Image
 from test_fpd import System, gen, tiny
 
@@ -267,3 +269,119 @@ def test_smoke_run_of_official_networks_with_the_gan(tmp_path):
     assert torch.load(tmp_path / "runs/laion-smoke/checkpoint.pt", weights_only=True)["gan"]["seen"] == 32
     row = json.loads((tmp_path / "runs/laion-smoke/log.jsonl").read_text())
     assert row["gan_scale"] > 0 and {"gan_real", "gan_fake", "gan_loss"} <= row.keys()
+
+
+# ------------------------------------------------------------------------------------------------ the table of them all
+CHANGES = {"FPD, the base": "", "soft embedding": "estimator", "soft + GAN": "estimator gan_weight", "STE + GAN": "gan_weight",
+           "own draft, no r = 1": "far", "random draft, no r = 1": "draft far", "pixel space": "space", "one bandwidth": "bandwidths",
+           "pooled, grid 1": "grid", "shallow blocks": "blocks", "deep blocks": "blocks"}
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "scenes"])
+def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path):
+    base = train.parse(["--dataset", dataset, "--ablations", "2"])
+    runs = train.ablation_runs(base, tmp_path / "all")                           # which checks them
+    assert len(runs) == 2 * len(train.ABLATIONS) == len({cfg.name for cfg in runs.values()})
+    for (row, seed), cfg in runs.items():
+        assert cfg.seed == seed and cfg.name.startswith("all/") and cfg.name.endswith(f"-{seed}")
+        alike = dataclasses.asdict(dataclasses.replace(cfg, seed=0, name=""))
+        if cfg.method != "fpd":                                                  # with settings of its own, as when it runs alone
+            assert alike == dataclasses.asdict(train.parse(["--dataset", dataset, "--ablations", "2", "--method", cfg.method]))
+        else:
+            assert {key for key, value in dataclasses.asdict(base).items() if alike[key] != value} == set(CHANGES[row].split())
+    assert {row for row, _ in runs} == CHANGES.keys() | {"Di[M]O", "SDTT"}
+
+
+@pytest.fixture(scope="module")
+def ablations(tmp_path_factory):
+    """-> a function that runs three rows of two steps -> what it said, how many steps it made; and the folder that it has filled, once stopped"""
+    folder = tmp_path_factory.mktemp("ablations")
+
+    def run(more="", stop_at=None):
+        calls, step = [], fpd.fpd_step
+
+        def counted(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == stop_at:
+                signal.raise_signal(signal.SIGINT)                               # Ctrl-C
+            return step(*args, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fpd, "fpd_step", counted)
+            patch.setattr(train, "ABLATIONS", [train.ABLATIONS[i] for i in (0, 3, 5)])
+            return in_process("train.py --smoke --ablations 1 --steps 2 --sample-every 9" + more, folder), len(calls)
+    stopped, finished = run(stop_at=3), run()
+    return run, folder / "runs" / "ablations-shapes-smoke", stopped, finished
+
+
+def test_ctrl_c_and_the_same_command_make_every_row_once(ablations):
+    _, root, (stopped, steps), (finished, more) = ablations
+    assert stopped.returncode == 130 and "Go on with: the same command" in stopped.stdout and finished.returncode == 0, finished.stderr[-2000:]
+    assert (steps, more) == (3, 3)                                               # the second row was stopped after its first step
+    assert sorted(path.name for path in root.iterdir()) == ["fpd-the-base-0", "random-draft-no-r-1-0", "report.json", "report.png", "ste-gan-0"]
+    for path in root.glob("*-0"):
+        saved = torch.load(path / "checkpoint.pt", weights_only=True)
+        assert saved["step"] == 2 and [json.loads(line)["step"] for line in (path / "log.jsonl").read_text().splitlines()] == [1, 2]
+        assert saved["config"]["name"] == f"{root.name}/{path.name}"
+    rows = json.loads((root / "report.json").read_text())["rows"]
+    assert [(row["table"], row["row"], row["paper"]) for row in rows] == [
+        ("", "teacher 16", None), ("", "teacher 1", None), ("", "FPD, the base", 0.43), ("3a", "STE + GAN", 0.45),
+        ("3b", "random draft, no r = 1", 0.22)]
+    assert all({"fd", "recall", "accuracy", "precision"} <= row["scores"][0].keys() for row in rows)
+    assert all(row["scores"][0]["seconds_per_step"] > 0 for row in rows[2:]) and all(row["row"] in finished.stdout for row in rows)
+    with Image.open(root / "report.png") as picture:
+        assert picture.height > 5 * 96                                           # one line of pictures a row
+
+
+def test_what_is_there_is_kept_and_a_lost_score_needs_no_training(ablations):
+    run, root, _, _ = ablations
+    scores = {path: path.read_text() for path in root.glob("*/*.json")}
+    lost = root / "ste-gan-0" / "score.json"
+    lost.unlink()
+    times = {path: path.stat().st_mtime_ns for path in scores if path.name != "config.json" and path != lost}
+    done, steps = run()
+    assert done.returncode == 0 and steps == 0 and times == {path: path.stat().st_mtime_ns for path in times}
+    assert json.loads(lost.read_text()) == json.loads(scores[lost]) | dict(seconds_per_step=None)        # nobody measured it
+
+
+def test_other_settings_are_refused_and_nothing_is_overwritten(ablations):
+    run, root, _, _ = ablations
+    before = {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")}
+    done, steps = run(" --crowd 2 --teacher-steps 3")
+    refused(done, "fpd-the-base-0 (FPD, the base, seed 0)", "teacher_steps 4, not 3", "another --name")
+    assert steps == 0 and before == {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")}
+
+
+def test_mean_and_range_over_the_seeds():
+    scores = [dict(fd=fd, recall=recall, accuracy=0.5, precision=0.25, spreads=dict(x=1.0), seconds_per_step=seconds)
+              for fd, recall, seconds in ((4.0, 0.75, 2.0), (8.0, 0.75, None), (6.0, 0.0, 1.0))]
+    assert evaluate.means(scores) == dict(fd=6.0, recall=0.5, accuracy=0.5, precision=0.25, seconds_per_step=1.5)
+    content = dict(protocol=dict(dataset="shapes", smoke=False, images=960, seeds=3, base=dict(steps=300)), rows=[
+        dict(table="", row="teacher 16", paper=None, scores=[dict(fd=3.0, recall=1.0)]), dict(table="3a", row="soft", paper=0.38, scores=scores)])
+    _, _, teacher, soft = evaluate.ablation_table(content).split("\n")
+    assert teacher.split() == ["teacher", "16", "3.00", "1.00"]
+    assert " ".join(soft.split()) == "3a soft 6.00 (4.00 to 8.00) 0.50 0.50 0.25 1.50 0.38"
+
+
+def test_rows_of_captions_are_told_by_their_tags():
+    scores = [dict.fromkeys(tokenizer.TAGS, 0.5) | dict(overall=overall) for overall in (0.25, 0.75)]
+    content = dict(protocol=dict(dataset="scenes", smoke=True, images=48, seeds=2, base=dict(steps=4)),
+                   rows=[dict(table="4a", row="pixel space", paper=0.21, scores=scores)])
+    first, heads, row = evaluate.ablation_table(content).split("\n")
+    assert "nothing was learnt" in first and "fd" not in heads and heads.split()[3:9] == list(tokenizer.TAGS)
+    assert " ".join(row.split()) == "4a pixel space 0.50 (0.25 to 0.75)" + " 0.50" * 6 + " 0.21"
+    assert evaluate.headline(evaluate.means(scores)) == "50 %"
+
+
+@pytest.mark.parametrize("line, says", [("--ablations -1", "should not be negative"), ("--ablations 1 --dataset imagenet", "shapes, scenes or"),
+                                        ("--ablations 1 --smoke --dataset laion", "shapes, scenes or")])
+def test_wrong_uses_of_ablations(line, says):
+    with pytest.raises(ValueError, match=says):
+        train.parse(line.split())
+
+
+def test_ablations_do_not_resume_nor_share_their_work_among_processes(monkeypatch):
+    with pytest.raises(ValueError, match="the same command again, without --resume"):
+        train.check(train.Config(ablations=1, resume=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        train.check(train.Config(ablations=1))

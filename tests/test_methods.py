@@ -1,0 +1,203 @@
+"""The comparison methods, Di[M]O and SDTT: each step does what its paper says, and their runs can be interrupted."""
+import copy
+import signal
+import types
+
+import pytest
+import torch
+from conftest import in_process, refused
+from test_fpd import CLASSES, Constant, K, L, Recorder, gen, tiny
+from torch import nn
+
+import fpd
+import train
+
+CFG = train.Config(teacher_cfg=1.0, label_smoothing=0.0)
+
+
+class Table(nn.Module):
+    """A student that ignores its input: logits (L, K) are all of its weights, so its tokens are independent."""
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, (self.L, self.K) = nn.Parameter(logits), logits.shape
+
+    def forward(self, z, c):
+        self.out = self.logits.expand(len(z), -1, -1).clone()
+        self.out.retain_grad()
+        return self.out
+
+
+def adam(net, lr=1e-2):
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
+
+
+def labels(B):
+    return torch.arange(B) % CLASSES
+
+
+def analytic(p, q, beta):
+    """d divergence / d the logits of q: q - p of the forward KL, q (log q/p - KL(q, p)) of the reverse."""
+    log_ratio = q.log() - p.log()
+    return (1 - beta) * (q - p) + beta * q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True))
+
+
+def divergence(p, q):
+    return fpd.jeffrey(p, q, 0.0).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------ Di[M]O
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.2])
+def test_jeffrey_divergence_and_its_gradient(beta):
+    p, q = torch.randn(5, K, generator=gen(1)), torch.randn(5, K, generator=gen(2)).requires_grad_()
+    value = fpd.jeffrey(p, q, beta)
+    P, Q = (torch.distributions.Categorical(logits=x) for x in (p, q))
+    kl = torch.distributions.kl_divergence
+    torch.testing.assert_close(value, (1 - beta) * kl(P, Q) + beta * kl(Q, P))
+    gradient, = torch.autograd.grad(value.sum(), q)
+    torch.testing.assert_close(gradient, analytic(p.softmax(-1), q.softmax(-1), beta), atol=1e-6, rtol=1e-5)
+    assert fpd.jeffrey(p, p, beta).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.2])
+def test_the_students_logits_get_the_auxiliarys_gradient(beta):
+    """At the hidden positions, per hidden position; none at the visible ones, none at all where auxiliary and teacher agree."""
+    cfg = train.Config(teacher_cfg=2.0, jeffrey=beta)
+    for agree in (False, True):
+        student, teacher = Table(torch.randn(L, K, generator=gen(3))), Recorder(tiny(1))
+        auxiliary = tiny(1 if agree else 2).requires_grad_(True)
+        before = copy.deepcopy(auxiliary)
+        cfg.teacher_cfg = 1.0 if agree else 2.0
+        loss, logs = fpd.dimo_step(student, teacher, auxiliary, adam(auxiliary), labels(6), cfg, gen())
+        loss.backward()
+        z_masked, c = teacher.seen[0][:6], labels(6)
+        p, q = fpd.guided_logits(teacher.net, z_masked, c, cfg.teacher_cfg), before(z_masked, c).detach()
+        expected = analytic(p.softmax(-1), q.softmax(-1), beta).masked_fill((z_masked != K)[..., None], 0) / (z_masked == K).sum()
+        torch.testing.assert_close(student.out.grad, expected, atol=1e-7, rtol=1e-4)
+        assert loss.item() == pytest.approx(fpd.jeffrey(p, q, beta)[z_masked == K].mean().item(), abs=1e-6)
+        assert (student.out.grad.abs().max() < 1e-7) == agree
+        assert all(p.grad is None for p in teacher.net.parameters())
+        assert all(value.ndim == 0 and value.isfinite() and not value.requires_grad for value in logs.values())
+
+
+def test_the_auxiliary_learns_the_students_distribution():
+    """Of tokens that are independent, at whatever is hidden: also where everything is."""
+    student, auxiliary = Table(torch.randn(L, K, generator=gen(3))), tiny(2).requires_grad_(True)
+    opt, empty, seen = adam(auxiliary, 0.02), torch.full((CLASSES, L), K), []
+    for step in range(81):
+        if step % 80 == 0:
+            seen.append(divergence(student.logits.detach(), auxiliary(empty, labels(CLASSES)).detach()))
+        fpd.dimo_step(student, tiny(1), auxiliary, opt, labels(16), CFG, gen(step))
+    assert seen[0] > 0.4 and seen[1] < 0.08, seen
+
+
+def test_dimo_brings_the_student_to_the_teacher():
+    """Teacher of independent tokens: the divergence falls, and the student's distribution becomes the teacher's."""
+    target = torch.randn(L, K, generator=gen(4))
+    student, auxiliary = Table(torch.zeros(L, K)), tiny(2).requires_grad_(True)
+    teacher, opt, student_opt = Constant(target), adam(auxiliary, 0.02), adam(student, 0.015)     # the slower one is followed
+    before, losses = divergence(target, student.logits.detach()), []
+    for step in range(150):
+        loss, _ = fpd.dimo_step(student, teacher, auxiliary, opt, labels(16), CFG, gen(step))
+        student_opt.zero_grad()
+        loss.backward()
+        student_opt.step()
+        losses.append(loss.item())
+    assert divergence(target, student.logits.detach()) < 0.15 * before
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10]), losses
+
+
+# ------------------------------------------------------------------------------------------------ SDTT
+def test_the_target_is_each_positions_prediction_when_it_was_revealed():
+    """Of the first step where that revealed it; of the second everywhere else. What the second sees is the first's sample."""
+    teacher, z, c = Recorder(tiny(1)), torch.randint(K, (6, L), generator=gen(5)), labels(6)
+    now, middle = torch.tensor([1, 1, 0.75, 0.5, 0.5, 0.01]), torch.tensor([0.5, 0.8, 0.5, 0.5, 0.2, 0.001])
+    z_masked, is_masked, target = fpd.sdtt_target(teacher, z, c, now, middle, 1, gen())
+    first, second = teacher.seen
+    still = second == K
+    assert torch.equal(first, z_masked) and torch.equal(is_masked, first == K) and torch.equal(first[~is_masked], z[~is_masked])
+    assert is_masked.sum(1).tolist() == [16, 16, 12, 8, 8, 1] and still.sum(1).tolist() == [8, 13, 8, 8, 3, 1]
+    assert not (still & ~is_masked).any() and torch.equal(second[~is_masked], z[~is_masked])
+    torch.testing.assert_close(target[~still], teacher.net(first, c)[~still])
+    torch.testing.assert_close(target[still], teacher.net(second, c)[still])
+    same = Constant(torch.randn(L, K, generator=gen(6)))                         # both steps agree
+    assert torch.equal(fpd.sdtt_target(same, z, c, now, middle, 1, gen())[2], same.logits.expand(6, L, K))
+
+
+def test_sdtt_loss_is_the_students_divergence_from_the_target():
+    """KL(student, teacher) at the hidden positions: of one step, at all of them. Zero, and no gradient, where they agree."""
+    target, z = torch.randn(L, K, generator=gen(6)), torch.zeros(4, L, dtype=torch.long)
+    for logits in (torch.randn(L, K, generator=gen(7)), target.clone()):
+        student = Table(logits)
+        loss, logs = fpd.sdtt_step(student, Constant(target), z, labels(4), 1, 1, gen())
+        loss.backward()
+        p, q = logits.softmax(-1), target.softmax(-1)
+        assert loss.item() == pytest.approx((p * (p.log() - q.log())).sum(-1).mean().item(), abs=1e-5)
+        assert (student.logits.grad.abs().max() < 1e-6) == torch.equal(logits, target)
+        assert logs["entropy"].isfinite() and not logs["entropy"].requires_grad
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sdtt_brings_the_student_to_the_target(steps):
+    teacher, student, z, losses = tiny(1), tiny(2).requires_grad_(True), torch.randint(K, (16, L), generator=gen(5)), []
+    opt = adam(student)
+    for step in range(60):
+        loss, _ = fpd.sdtt_step(student, teacher, z, labels(16), steps, 1, gen(step))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5]), losses
+
+
+def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch):
+    """16 -> 8 -> 4 -> 2 -> 1, in quarters of the run. The images of the canvas are always the first teacher's; guidance is learnt once."""
+    calls, sampled = [], []
+    monkeypatch.setattr(fpd, "sdtt_step", lambda student, teacher, z, c, steps, s, generator: calls.append((steps, s, teacher.bias[0, 0].item())))
+    monkeypatch.setattr(fpd, "sample_teacher", lambda teacher, c, *_: sampled.append(teacher.bias[0, 0].item()) or torch.zeros(len(c), L).long())
+    student, cfg = tiny(1), train.Config(method="sdtt", steps=8, teacher_cfg=3.0)
+    method = train.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
+    first = student.bias[0, 0].item()
+    for step in range(1, 9):
+        if step == 6:                                                            # an interruption in the third round
+            state, method = method.state(), train.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
+            method.load(state)
+        method.step(student, labels(2), step, gen())
+        student.bias[0, 0] = step                                                # it learns
+    assert calls == [(8, 3, first), (8, 3, first), (4, 1, 2), (4, 1, 2), (2, 1, 4), (2, 1, 4), (1, 1, 6), (1, 1, 6)]
+    assert sampled == [first] * 6                                                # the last round's canvas is empty
+
+
+# ------------------------------------------------------------------------------------------------ runs
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("methods")                                    # its prepared networks are shared
+
+
+@pytest.mark.parametrize("method", ["dimo", "sdtt"])
+def test_an_interrupted_run_goes_on_bit_for_bit(method, folder, monkeypatch):
+    """Auxiliary, its optimiser, and the teacher of the round included."""
+    monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: None)
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    line = f"train.py --smoke --method {method} --batch 4 --per-class 2 --refine-steps 2 --name {method}"
+    assert in_process(line, folder).returncode == 0
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: signal.raise_signal(signal.SIGINT))      # after step 2
+    done = in_process(f"{line}-halves", folder)
+    assert done.returncode == 130 and "saved after step 2" in done.stdout
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    done = in_process(f"train.py --resume --name {method}-halves", folder)
+    assert done.returncode == 0, done.stderr
+    whole, halves = (torch.load(folder / "runs" / name / "checkpoint.pt", weights_only=True) for name in (method, f"{method}-halves"))
+    network = {"dimo": "auxiliary", "sdtt": "teacher"}[method]
+    for a, b in ((whole["student"], halves["student"]), (whole["ema"], halves["ema"]), (whole["method"][network], halves["method"][network])):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(whole["rng"], halves["rng"]) and halves["step"] == 4
+    assert whole["config"]["init_mask"] == {"dimo": 0.95, "sdtt": 1.0}[method]
+    refused(in_process(f"train.py --resume --name {method} --method fpd --steps 8", folder), "--method", "cannot become 'fpd'")
+    if method == "sdtt":                                                         # its rounds would begin anew
+        refused(in_process("train.py --resume --name sdtt --steps 8", folder), "--steps", "cannot become 8")
+
+
+def test_methods_refuse_what_they_cannot_do(folder):
+    refused(in_process("train.py --method ours", folder), "--method", "fpd, dimo, sdtt")
+    refused(in_process("train.py --method dimo --gan-weight 0.5", folder), "--gan-weight goes with --method fpd")
+    refused(in_process("train.py --method sdtt --init-mask 0.9", folder), "--init-mask 1, got 0.9")
