@@ -13,12 +13,15 @@ The student is right when its drafts have the distribution of their own refineme
     r share of hidden positions     is_masked (B, L) bool, True = hidden     guidance s: u + s (c - u), 1 = none
     generator: one torch.Generator for the batch, or a list of B, one per image (then image i does not depend on its batch)
 """
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from drift import drift_loss
+from models import ConvNet
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -179,6 +182,48 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
     return (sample_maskgen if hasattr(teacher, "empty") else sample)(teacher, c, steps, generator, s=s, noise=noise)
 
 
+# ------------------------------------------------------------------------------------------------ the lift (Sec. 3.3)
+class Lift:
+    """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
+
+    cfg: blocks, grid (F = grid^2 positions), space, and lift_chunk: images at a time, nothing kept but what comes out: the backward
+    pass computes the rest again. Exact, since neither decoder nor Phi looks at more than one image. None: all at once
+    """
+    def __init__(self, tokenizer, phi, cfg, mark=lambda part: None):
+        self.tokenizer, self.phi, self.cfg, self.mark = tokenizer, phi, cfg, mark
+
+    def in_chunks(self, f, *inputs):
+        """f, which returns a list of tensors, on `lift_chunk` rows of the inputs at a time."""
+        n = self.cfg.lift_chunk
+        if n is None:
+            return f(*inputs)
+        return [torch.cat(x) for x in zip(*(checkpoint(f, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in inputs))))]
+
+    def decode(self, e, c):
+        """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W); no clamp: it would stop the gradient."""
+        self.mark("decode")
+        return self.in_chunks(lambda e, c: [self.tokenizer.decode(e, c)], e, c)[0]
+
+    def features(self, images):
+        """Images (B, 3, H, W) -> list of X (B, F, D)."""
+        self.mark("lift")
+        X = self.in_chunks(self.maps, images)
+        self.mark("drift")
+        return X
+
+    def maps(self, images):
+        grid, X = self.cfg.grid, []
+        if self.cfg.space == "pixel":                                            # Table 4a: the pixels of each position, nothing learned
+            return [F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2)]
+        maps = self.phi.maps(images)
+        if isinstance(self.phi, ConvNet):                                        # a Backbone chooses its blocks itself
+            maps = [maps[block] for block in self.cfg.blocks]
+        for m in maps:                                                           # (B, D, h, w)
+            m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)        # every location weighs the same
+            X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))  # (B, F, D)
+        return X
+
+
 # ------------------------------------------------------------------------------------------------ the student
 def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """Hard codes forward, soft gradients backward (Eq. 8).
@@ -218,7 +263,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
-    lift              of train.Lift: .decode(e (B, L, d), c) -> images, .features(images) -> list of X (B, F, D), one per block (Sec. 3.3)
+    lift              a Lift: .decode(e (B, L, d), c) -> images, .features(images) -> list of X (B, F, D), one per block (Sec. 3.3)
     E (K, d)          the tokenizer's codebook;   c (B, ...) condition, labels or text, in runs of cfg.per_class equal ones
     returns           loss (), logs (dict of 0-dim tensors), images (B, 3, H, W): the decoded drafts, through which all of the gradient passes
     """
@@ -420,3 +465,45 @@ def sdtt_step(student, teacher, z, c, steps, s, generator):
     logits = student(z_masked, c).float()[is_masked]                             # (N, K), of the N hidden positions
     loss = F.kl_div(target[is_masked].log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean")
     return loss, dict(entropy=entropy(logits.detach()))
+
+
+class DiMO:
+    """Di[M]O's auxiliary network and its optimiser (`dimo_step`)."""
+    def __init__(self, cfg, parts):
+        self.cfg, self.teacher, self.auxiliary = cfg, parts.teacher, copy.deepcopy(parts.teacher).requires_grad_(True)
+        self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)     # never slower than the student it follows
+
+    def step(self, student, c, step, generator):
+        return dimo_step(student, self.teacher, self.auxiliary, self.opt, c, self.cfg, generator)
+
+    def state(self):
+        return dict(auxiliary=self.auxiliary.state_dict(), opt=self.opt.state_dict())
+
+    def load(self, state):
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        self.opt.load_state_dict(state["opt"])
+
+
+class SDTT:
+    """SDTT's teacher of the round (`sdtt_step`). Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps: after each, the student becomes it."""
+    def __init__(self, cfg, parts):
+        self.cfg, self.original, self.teacher, self.round = cfg, parts.teacher, copy.deepcopy(parts.teacher), 0
+
+    def step(self, student, c, step, generator):
+        now, cfg = 4 * (step - 1) // self.cfg.steps, self.cfg
+        if now > self.round:
+            self.teacher.load_state_dict(student.state_dict())
+            self.round = now
+        if now < 3:                                                              # theirs are training data; ours, the first teacher's samples
+            z = sample_teacher(self.original, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+        else:
+            z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)          # all of it will be hidden
+        s = cfg.teacher_cfg if now == 0 else 1                                   # afterwards the guidance is learnt
+        return sdtt_step(student, self.teacher, z, c, 8 >> now, s, generator)
+
+    def state(self):
+        return dict(teacher=self.teacher.state_dict(), round=self.round)
+
+    def load(self, state):
+        self.teacher.load_state_dict(state["teacher"])
+        self.round = state["round"]

@@ -13,11 +13,18 @@ train.py draws its sample sheets and evaluate.py its thousands of images with th
 import argparse
 import copy
 import itertools
+import math
 import os
+import platform
+import signal
+import subprocess
 import sys
 import textwrap
 import types
+import zipfile
+from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -191,6 +198,78 @@ def check_fit(model, tokenizer):
     """ValueError when a transformer and a tokenizer do not belong together."""
     if (model.K, model.L) != (tokenizer.K, tokenizer.L):
         raise ValueError(f"the transformer answers with {model.L} tokens of {model.K} codes, the tokenizer has {tokenizer.L} of {tokenizer.K}")
+
+
+# ------------------------------------------------------------------------------------------------ stopping and going on
+@contextmanager
+def ctrl_c():
+    """with ctrl_c() as pressed: Ctrl-C only fills that list, so that the step under way is finished and what is saved is whole.
+
+    A second Ctrl-C does not wait. One that came too late for the loop stops the program where the block ends.
+    """
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def tensors(content):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for x in content.values() if isinstance(content, dict) else content:
+            yield from tensors(x)
+
+
+def save(path, content):
+    """Whole, finite and readable, or not at all: only what was forced to the disk and read back takes the old file's place. OSError"""
+    path, new = Path(path), Path(f"{path}.tmp")
+    if not all(torch.isfinite(t).all() for t in tensors(content)):
+        raise ValueError(f"{path} would have held numbers that are NaN or infinite; it was left as it is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(new, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(new) as written:                                    # torch.load does not look at the checksums
+            if written.testzip():
+                raise OSError("what was written cannot be read back")
+        os.replace(new, path)
+    except Exception as error:
+        raise OSError(f"{path} could not be written, and was left as it is: {str(error).splitlines()[0]}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def versions():
+    """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
+    git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    return dict(python=platform.python_version(), torch=version("torch"), numpy=version("numpy"), git=git or "unknown")
+
+
+def check_finite(recent, stage, good):
+    """ValueError with the first step and term that is NaN or infinite. recent: list of (step, {term: number}), emptied when all is well
+
+    stage   of the run, in words;   good: the file where its last good state would be
+    """
+    for step, terms in recent:
+        for term, value in terms.items():
+            if not math.isfinite(value):
+                last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
+                raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
+    recent.clear()
 
 
 # ------------------------------------------------------------------------------------------------ images

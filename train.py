@@ -28,15 +28,11 @@ import platform
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import types
-import zipfile
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -44,7 +40,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
@@ -132,7 +127,7 @@ SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guid
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 2000 captions
 # where shapes has 24 classes, each met once or twice: more of them in a batch, a lower learning rate and more steps
-SCENES = {**SMALL, "teacher_steps": 1600, "steps": 600, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.2,
+SCENES = {**SMALL, "teacher_steps": 1600, "steps": 400, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.2,
           "refine_steps": 8, "crowd": 0.5, "teacher_cfg": 3.0}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
@@ -251,78 +246,6 @@ def check(cfg):
     want(started == 1 or cfg.gpus in (None, 0, started), f"--gpus {cfg.gpus}, but {started} processes were started; leave --gpus away")
 
 
-# ------------------------------------------------------------------------------------------------ stopping and going on
-@contextmanager
-def ctrl_c():
-    """with ctrl_c() as pressed: Ctrl-C only fills that list, so that the step under way is finished and what is saved is whole.
-
-    A second Ctrl-C does not wait. One that came too late for the loop stops the program where the block ends.
-    """
-    pressed, before = [], signal.getsignal(signal.SIGINT)
-
-    def note(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def tensors(content):
-    """All tensors in nested dicts and lists."""
-    if torch.is_tensor(content):
-        yield content
-    elif isinstance(content, (dict, list)):
-        for x in content.values() if isinstance(content, dict) else content:
-            yield from tensors(x)
-
-
-def save(path, content):
-    """Whole, finite and readable, or not at all: only what was forced to the disk and read back takes the old file's place. OSError"""
-    path, new = Path(path), Path(f"{path}.tmp")
-    if not all(torch.isfinite(t).all() for t in tensors(content)):
-        raise ValueError(f"{path} would have held numbers that are NaN or infinite; it was left as it is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(new, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        torch.load(new, map_location="cpu", weights_only=True, mmap=True)
-        with zipfile.ZipFile(new) as written:                                    # torch.load does not look at the checksums
-            if written.testzip():
-                raise OSError("what was written cannot be read back")
-        os.replace(new, path)
-    except Exception as error:
-        raise OSError(f"{path} could not be written, and was left as it is: {str(error).splitlines()[0]}") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def versions():
-    """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
-    git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True).stdout.strip()
-    return dict(python=platform.python_version(), torch=version("torch"), numpy=version("numpy"), git=git or "unknown")
-
-
-def check_finite(recent, stage, good):
-    """ValueError with the first step and term that is NaN or infinite. recent: list of (step, {term: number}), emptied when all is well
-
-    stage   of the run, in words;   good: the file where its last good state would be
-    """
-    for step, terms in recent:
-        for term, value in terms.items():
-            if not math.isfinite(value):
-                last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
-                raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
-    recent.clear()
-
-
 # ------------------------------------------------------------------------------------------------ preparation
 class Training:
     """The short training of one part, with AdamW and a one-cycle learning rate.
@@ -352,11 +275,11 @@ class Training:
                                  "remove the file, and it begins anew") from error
             print(f"{self.part}: going on after step {start}")
         self.bar = tqdm(range(start, n), self.part, initial=start, total=n)
-        with ctrl_c() as interrupted:
+        with sample.ctrl_c() as interrupted:
             for step in self.bar:
                 yield step
                 if interrupted or (step + 1) % self.save_every == 0:
-                    save(self.file, dict(step=step + 1, states=[get() for get, _ in access]))
+                    sample.save(self.file, dict(step=step + 1, states=[get() for get, _ in access]))
                 if interrupted:
                     raise KeyboardInterrupt(f"stopped; saved after step {step + 1} of the {self.part}. Go on with the same command")
 
@@ -365,7 +288,7 @@ class Training:
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        check_finite([(self.sched.last_epoch + 1, dict(loss=loss.detach(), grad_norm=norm))], self.part, self.file)
+        sample.check_finite([(self.sched.last_epoch + 1, dict(loss=loss.detach(), grad_norm=norm))], self.part, self.file)
         self.opt.step()
         self.sched.step()
 
@@ -511,7 +434,7 @@ def prepare(cfg, device):
         if not path.exists():
             torch.manual_seed(4 * cfg.prepare_seed + len(files))
             network, args = build(Training(part, half, cfg.save_every))
-            save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
+            sample.save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
         half.unlink(missing_ok=True)                                             # outside of the branch: a kill may have left it behind
         files[part] = str(path)
         setattr(parts, part, sample.load_part(path, device))
@@ -630,47 +553,6 @@ def share_gradients(student, *helpers):
 
 
 # ------------------------------------------------------------------------------------------------ distillation
-class Lift:
-    """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
-
-    cfg: blocks, grid (F = grid^2 positions), space, and lift_chunk: images at a time, nothing kept but what comes out: the backward
-    pass computes the rest again. Exact, since neither decoder nor Phi looks at more than one image. None: all at once
-    """
-    def __init__(self, tokenizer, phi, cfg, mark=lambda part: None):
-        self.tokenizer, self.phi, self.cfg, self.mark = tokenizer, phi, cfg, mark
-
-    def in_chunks(self, f, *inputs):
-        """f, which returns a list of tensors, on `lift_chunk` rows of the inputs at a time."""
-        n = self.cfg.lift_chunk
-        if n is None:
-            return f(*inputs)
-        return [torch.cat(x) for x in zip(*(checkpoint(f, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in inputs))))]
-
-    def decode(self, e, c):
-        """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W); no clamp: it would stop the gradient."""
-        self.mark("decode")
-        return self.in_chunks(lambda e, c: [self.tokenizer.decode(e, c)], e, c)[0]
-
-    def features(self, images):
-        """Images (B, 3, H, W) -> list of X (B, F, D)."""
-        self.mark("lift")
-        X = self.in_chunks(self.maps, images)
-        self.mark("drift")
-        return X
-
-    def maps(self, images):
-        grid, X = self.cfg.grid, []
-        if self.cfg.space == "pixel":                                            # Table 4a: the pixels of each position, nothing learned
-            return [F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2)]
-        maps = self.phi.maps(images)
-        if isinstance(self.phi, ConvNet):                                        # a Backbone chooses its blocks itself
-            maps = [maps[block] for block in self.cfg.blocks]
-        for m in maps:                                                           # (B, D, h, w)
-            m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)        # every location weighs the same
-            X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))  # (B, F, D)
-        return X
-
-
 class Gan:
     """The discriminator, its optimiser and its real images (Sec. 3.4). Nothing else in the distillation sees a real image."""
     def __init__(self, cfg, parts, device):
@@ -719,48 +601,6 @@ class Gan:
             return "the discriminator is lost: real images and drafts look the same to it"
 
 
-class DiMO:
-    """Di[M]O's auxiliary network and its optimiser (fpd.dimo_step)."""
-    def __init__(self, cfg, parts):
-        self.cfg, self.teacher, self.auxiliary = cfg, parts.teacher, copy.deepcopy(parts.teacher).requires_grad_(True)
-        self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)     # never slower than the student it follows
-
-    def step(self, student, c, step, generator):
-        return fpd.dimo_step(student, self.teacher, self.auxiliary, self.opt, c, self.cfg, generator)
-
-    def state(self):
-        return dict(auxiliary=self.auxiliary.state_dict(), opt=self.opt.state_dict())
-
-    def load(self, state):
-        self.auxiliary.load_state_dict(state["auxiliary"])
-        self.opt.load_state_dict(state["opt"])
-
-
-class SDTT:
-    """SDTT's teacher of the round (fpd.sdtt_step). Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps: after each, the student becomes it."""
-    def __init__(self, cfg, parts):
-        self.cfg, self.original, self.teacher, self.round = cfg, parts.teacher, copy.deepcopy(parts.teacher), 0
-
-    def step(self, student, c, step, generator):
-        now, cfg = 4 * (step - 1) // self.cfg.steps, self.cfg
-        if now > self.round:
-            self.teacher.load_state_dict(student.state_dict())
-            self.round = now
-        if now < 3:                                                              # theirs are training data; ours, the first teacher's samples
-            z = fpd.sample_teacher(self.original, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
-        else:
-            z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)          # all of it will be hidden
-        s = cfg.teacher_cfg if now == 0 else 1                                   # afterwards the guidance is learnt
-        return fpd.sdtt_step(student, self.teacher, z, c, 8 >> now, s, generator)
-
-    def state(self):
-        return dict(teacher=self.teacher.state_dict(), round=self.round)
-
-    def load(self, state):
-        self.teacher.load_state_dict(state["teacher"])
-        self.round = state["round"]
-
-
 def draw_condition(parts, cfg, generator):
     """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
     G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
@@ -781,7 +621,7 @@ def memory(student, parts, cfg, half, c):
     The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
     bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
     """
-    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
+    E, lift = parts.tokenizer.E, fpd.Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
     networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
     if parts.text:
         networks.append(parts.text)
@@ -812,93 +652,101 @@ def memory(student, parts, cfg, half, c):
     return (fixed + images) / 1e9
 
 
+def go_on(folder, made_with, student, ema, opt, generator, gan, other):
+    """--resume: everything as it was in the checkpoint of `folder`. -> its step. ValueError where it cannot go on here"""
+    saved, (rank, n_ranks) = sample.read_checkpoint(folder), ranks()
+    states = torch.atleast_2d(saved["rng"])                                      # one for each process
+    if states[0].shape != generator.get_state().shape:
+        raise ValueError(f"--resume: {folder} did not run on {generator.device}, and its random numbers can only go on where they began")
+    if len(states) != n_ranks:
+        raise ValueError(f"--resume: {folder} ran in {len(states)} processes, which cannot become {n_ranks}: each has its own random numbers")
+    for network, part in ((student, "student"), (ema, "ema")):
+        sample.fill(network, saved[part], f"{part} of {folder}/checkpoint.pt")
+    opt.load_state_dict(saved["opt"])
+    generator.set_state(states[rank].clone())                                    # torch refuses a view
+    if gan and saved.get("gan"):                                                 # none in a run that began without
+        gan.load(saved["gan"])
+    if other:
+        other.load(saved["method"])
+    print(f"going on after step {saved['step']} of {folder}")
+    if saved.get("versions", made_with) != made_with:
+        print(f"saved with {saved['versions']}, going on with {made_with}: the same to the last bit only if the difference does not matter")
+    return saved["step"]
+
+
+def open_log(path, start):
+    """log.jsonl for more rows, without those of steps that were not saved: they come once more."""
+    if path.exists():
+        rows = path.read_text().splitlines(keepends=True)
+        os.truncate(path, sum(map(len, itertools.takewhile(lambda row: json.loads(row)["step"] <= start, rows))))
+    return open(path, "a")
+
+
 def distil(cfg, parts, folder, device, mark=lambda part: None):
     """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl (of rank 0's drafts) and samples/ in `folder`.
 
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
-    rank, n_ranks = ranks()
+    rank, _ = ranks()
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
     ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
-    lift, E, start, made_with = Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, versions()
+    lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, sample.versions()
     c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     gan = Gan(cfg, parts, device) if cfg.gan_weight else None
-    other = {"fpd": None, "dimo": DiMO, "sdtt": SDTT}[cfg.method]
+    other = {"fpd": None, "dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method]
     other = other and other(cfg, parts)                                          # a comparison method, in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
         print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
-        saved = sample.read_checkpoint(folder)
-        start = saved["step"]
-        states = torch.atleast_2d(saved["rng"])                                  # one for each process
-        if states[0].shape != generator.get_state().shape:
-            raise ValueError(f"--resume: {folder} did not run on {device}, and its random numbers can only go on where they began")
-        if len(states) != n_ranks:
-            raise ValueError(f"--resume: {folder} ran in {len(states)} processes, which cannot become {n_ranks}: each has its own random numbers")
-        for network, part in ((student, "student"), (ema, "ema")):
-            sample.fill(network, saved[part], f"{part} of {folder}/checkpoint.pt")
-        opt.load_state_dict(saved["opt"])
-        generator.set_state(states[rank].clone())                                # torch refuses a view
-        if gan and saved.get("gan"):                                             # none in a run that began without
-            gan.load(saved["gan"])
-        if other:
-            other.load(saved["method"])
-        print(f"going on after step {start} of {folder}")
-        if saved.get("versions", made_with) != made_with:
-            print(f"saved with {saved['versions']}, going on with {made_with}: the same to the last bit only if the difference does not matter")
-
+        start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
     drafting, recent = share_gradients(student, gan, other), []                  # recent: steps whose numbers nobody has looked at
 
     def save_state(step):
-        check_finite(recent, "distillation", folder / "checkpoint.pt")
+        sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
         states = gather(generator.get_state())
         if rank == 0:
-            save(folder / "checkpoint.pt", dict(
+            sample.save(folder / "checkpoint.pt", dict(
                 format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
                 student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=torch.stack(states),
                 gan=gan.state() if gan else None, method=other.state() if other else None, versions=made_with))
         any_of_all(False)                                                        # where it cannot be written, nobody goes on
 
-    log = folder / "log.jsonl"
     if not cfg.resume:
         save_state(0)                                                            # a disk that is too small is noticed now, not after hours
-    elif rank == 0 and log.exists():                                             # steps that were not saved come once more
-        rows = log.read_text().splitlines(keepends=True)
-        os.truncate(log, sum(map(len, itertools.takewhile(lambda row: json.loads(row)["step"] <= start, rows))))
-    log = open(os.devnull if rank else log, "a" if cfg.resume else "w")
+    log = open(os.devnull, "w") if rank else open_log(folder / "log.jsonl", start)
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps, disable=rank > 0)
-    with log, ctrl_c() as interrupted:
+    with log, sample.ctrl_c() as interrupted:
         for step in bar:
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             mark("condition")
             c = draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
             mark("student")
-            if other:
-                with half:
+            with half:
+                if other:
                     loss, logs = other.step(drafting, c, step, generator)
-                mark("backward")
+                else:
+                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator)
+            mark("backward")
+            if other:
                 loss.backward()
             else:
-                with half:
-                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator)
-                mark("backward")
                 gradient, = torch.autograd.grad(loss, images)
                 if gan:
                     mark("gan")
                     with half:
                         gradient, gan_logs = gan.add(gradient, images, generator)
                     logs |= gan_logs
-                mark("backward")
+                    mark("backward")
                 images.backward(gradient)                                        # the only one that DistributedDataParallel sees
             mark("update")
             logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
             recent.append((step, dict(loss=loss.detach(), **logs)))
             if E.device.type == "cpu" or step % cfg.log_every == 0:              # to look at them, a GPU would have to wait at every step
-                check_finite(recent, "distillation", folder / "checkpoint.pt")
+                sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
             decay = min(cfg.ema, (1 + step) / (10 + step))                       # the ramp forgets the teacher's first drafts

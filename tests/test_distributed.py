@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from test_fpd import System
 
+import fpd
 import train
 
 OTHER_SEED = 1_000_003                                                 # of rank 1, for --seed 0
@@ -49,7 +50,7 @@ def same_everywhere(network):
 def two_processes(folder):
     rank = train.meet("cpu")
     kept = []
-    for cls in (train.Gan, train.DiMO, train.SDTT):
+    for cls in (train.Gan, fpd.DiMO, fpd.SDTT):
         def keep(self, *args, old=cls.__init__):
             old(self, *args)
             kept.append(self)

@@ -338,7 +338,7 @@ def test_only_drafts_of_one_class_are_compared():
     assert torch.equal(fpd.per_class_groups(X, 6), X)                            # one class: nothing to fold
 
 
-class Lift(train.Lift):
+class Lift(fpd.Lift):
     """Remembers the code embeddings that it decodes: in a step those of the refinements first, then those of the drafts."""
     def __init__(self, *args):
         super().__init__(*args)

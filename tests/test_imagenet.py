@@ -11,6 +11,7 @@ from conftest import golden_fill, in_process, load_case, official_files, own_cop
 from PIL import Image
 
 import evaluate
+import fpd
 import models
 import tokenizer
 import train
@@ -76,7 +77,7 @@ def test_lifting_in_chunks_is_exact():
     results = []
     for chunk in (None, 2):
         x = e.clone().requires_grad_()
-        lift = train.Lift(vq, phi, train.Config(lift_chunk=chunk))
+        lift = fpd.Lift(vq, phi, train.Config(lift_chunk=chunk))
         X = lift.features(lift.decode(x, torch.zeros(5)))
         sum(block.square().mean() * (i + 1) for i, block in enumerate(X)).backward()
         results.append([*X, x.grad])

@@ -155,11 +155,11 @@ def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch)
     monkeypatch.setattr(fpd, "sdtt_step", lambda student, teacher, z, c, steps, s, generator: calls.append((steps, s, teacher.bias[0, 0].item())))
     monkeypatch.setattr(fpd, "sample_teacher", lambda teacher, c, *_: sampled.append(teacher.bias[0, 0].item()) or torch.zeros(len(c), L).long())
     student, cfg = tiny(1), train.Config(method="sdtt", steps=8, teacher_cfg=3.0)
-    method = train.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
+    method = fpd.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
     first = student.bias[0, 0].item()
     for step in range(1, 9):
         if step == 6:                                                            # an interruption in the third round
-            state, method = method.state(), train.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
+            state, method = method.state(), fpd.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
             method.load(state)
         method.step(student, labels(2), step, gen())
         student.bias[0, 0] = step                                                # it learns

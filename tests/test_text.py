@@ -169,13 +169,13 @@ def test_a_step_on_captions_trains_the_student_alone(chunk):
     student.load_state_dict(teacher.state_dict())
     cfg = train.Config(batch=8, per_class=4, far=0.25, blocks=(0, 1, 2, 3), lift_chunk=chunk)
     c = words.encode(["a circle", "a red cross"]).repeat_interleave(4, 0)
-    lift = train.Lift(vq, phi, cfg)
+    lift = fpd.Lift(vq, phi, cfg)
     loss, logs, images = fpd.fpd_step(student, teacher, lift, vq.E, c, cfg, torch.Generator().manual_seed(0))
     loss.backward()
     assert images.shape == (8, 3, 32, 32) and all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
     assert student.text_embed_proj.weight.grad.abs().max() > 0                   # the captions matter
     assert all(p.grad is None for net in (vq, phi, teacher) for p in net.parameters())
-    whole = train.Lift(vq, phi, dataclasses.replace(cfg, lift_chunk=None))
+    whole = fpd.Lift(vq, phi, dataclasses.replace(cfg, lift_chunk=None))
     e = vq.E[torch.randint(8, (8, 16))]
     torch.testing.assert_close(lift.features(lift.decode(e, c)), whole.features(whole.decode(e, c)))
     assert (whole.decode(e, c) - whole.decode(e, c.flip(0))).abs().max() > 1e-4  # a text of another image would show
