@@ -409,11 +409,11 @@ def ablation_table(content):
     columns = {key: len(key) + 2 for key in ((*TAGS,) if first == "overall" else ("recall", "accuracy", "precision")) + ("seconds_per_step",)}
     lines = [f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
              f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall",
-             f"{'table':<7}{'row':<25}{first:<23}" + "".join(f"{key:>{width}}" for key, width in columns.items()) + f"{'paper':>7}"]
+             f"{'table':<7}{'row':<25}{first:<27}" + "".join(f"{key:>{width}}" for key, width in columns.items()) + f"{'paper':>7}"]
     for row in rows:
         mean, values = means(row["scores"]), [score[first] for score in row["scores"]]
         text = f"{mean[first]:.2f}" + f" ({min(values):.2f} to {max(values):.2f})" * (len(values) > 1)
-        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<23}" + "".join(cell(mean, *column) for column in columns.items())
+        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<27}" + "".join(cell(mean, *column) for column in columns.items())
                       + cell(row, "paper", 7)).rstrip())
     return "\n".join(lines)
 
