@@ -183,7 +183,9 @@ def test_a_short_training_goes_on_to_the_same_state(tmp_path):
         toy(file)
 
 
-def test_ctrl_c_that_no_loop_saw_is_not_lost():
+def test_ctrl_c_that_no_loop_saw_is_not_lost(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that was started in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), sample.ctrl_c() as pressed:
         signal.raise_signal(signal.SIGINT)
         assert pressed
