@@ -36,12 +36,12 @@ def test_commands_are_found():
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("train.py")])
 def test_settings_of_training_are_understood(line, worlds, monkeypatch):
     """On a machine with GPUs. Smoke runs of every dataset are in other files."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     _, *words = shlex.split(line)
     if "--resume" in words:
-        monkeypatch.chdir(worlds("shapes"))
+        monkeypatch.chdir(worlds("shapes"))                              # made before there seem to be GPUs
         words += ["--steps", "9"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     train.parse(words)
 
 
