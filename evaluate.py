@@ -15,12 +15,9 @@ Every metric is computed in float64 and follows one official implementation, nam
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): mean and covariance of features
 """
-import dataclasses
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -33,8 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from models import load_inception
-from sample import (Parser, batches, check_seed, check_writable, generate, generators, load_models, model_arguments, newest_run, run_command, sheet,
-                    shown, tell_cut, tokens)
+from sample import (OFFICIAL, Parser, batches, bench_sampling, check_seed, check_writable, generate, generators, load_models, model_arguments,
+                    run_command, sheet, shown, tell_cut, tokens, write_json, write_whole)
 from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, open_image, paint, parse_caption, to_float, to_uint8, world
 
 
@@ -262,10 +259,6 @@ def tag_shares(results):
     return shares | dict(overall=sum(shares.values()) / len(shares))
 
 
-TAG_COLUMNS = {tag: len(tag) + 2 for tag in (*TAGS, "overall")}                # of the tables: widths
-TAG_HEADS = "".join(f"{tag:>{width}}" for tag, width in TAG_COLUMNS.items())
-
-
 def scene_scores(images, captions):
     """Share of the pictures (N, 3, H, W) uint8 that show what their captions say -> dict as of `tag_shares`."""
     return tag_shares([(parse_caption(caption)["tag"], scene_correct(image, caption)) for image, caption in zip(images, captions, strict=True)])
@@ -326,10 +319,14 @@ def scorer(run, real, n):
     return asked, run.text.encode(asked) if run.text else asked, scene_scores if run.text else judge_metrics(run, images, told, n)
 
 
-def score(run, model, steps, real, n):
-    """The numbers of one model's n images, seed 0. steps = 0: the student's single pass. run, real: see `report`"""
-    asked, c, metrics = scorer(run, real, n)
+def score(run, model, steps, asked, c, metrics):
+    """The numbers of one model's images, seed 0. steps = 0: the student's single pass. asked, c, metrics: as of `scorer`"""
     return metrics(generate(model, run.tokenizer, c, run.cfg, steps, seed=0, progress="score"), asked)
+
+
+def models_of(run, steps):
+    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
+    return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
 
 
 def headline(row):
@@ -357,7 +354,7 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     floor = slice(n) if run.text else slice(-n, None)                          # other real images than those that each row is compared with
     measure("real", None, images[floor], told[floor], None)
     measure("round trip", None, to_uint8(decoded).cpu(), told[:n], None)       # what the tokenizer alone costs
-    for name, model, step_count in [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)]:
+    for name, model, step_count in models_of(run, steps):
         generate(model, run.tokenizer, c[:min(60, n // 4)], run.cfg, step_count, seed)      # warm-up, not timed
         begin = time.perf_counter()
         fake = generate(model, run.tokenizer, c, run.cfg, step_count, seed, progress=f"{name} {step_count or 1}")
@@ -368,32 +365,48 @@ def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
     protocol = dict(dataset=run.cfg.dataset, images=n, seed=seed, labels="balanced", student_steps=run.step, guidance=run.cfg.guidance,
                     confidence_noise=run.cfg.confidence_noise, init_mask=run.cfg.init_mask, temperature=run.cfg.temperature,
                     **scored_by, batch=60, device=str(run.tokenizer.E.device), versions=dict(torch=torch.__version__, numpy=np.__version__))
+    return write_report(folder, protocol, rows, table, pictures, captions)
+
+
+def write_report(folder, protocol, rows, table, pictures, captions):
+    """report.json and, where there are pictures (rows of a `sheet`), report.png; prints the table, a function of the content. -> the content"""
     content = dict(protocol=protocol, rows=rows)
-    folder = Path(folder)
-    (folder / "report.json").write_text(json.dumps(content, indent=1))
-    sheet(pictures, captions).save(folder / "report.png")
+    write_json(Path(folder) / "report.json", content)
+    if pictures:
+        sheet(pictures, captions).save(Path(folder) / "report.png")
     print(table(content))
     return content
 
 
-def cell(row, key, width, digits=2):
-    """A number of a table; blank where there is none."""
-    return " " * width if row.get(key) is None else f"{row[key]:>{width}.{digits}f}"
+# Columns of the tables: {key of a row: (its head, width)}
+TAG_COLUMNS = {tag: (tag, len(tag) + 2) for tag in (*TAGS, "overall")}
+JUDGE_COLUMNS = dict(fd=("FD", 9), inception_score=("IS", 7), precision=("prec.", 7), recall=("recall", 8), accuracy=("acc.", 7),
+                     spread=("spread", 8))
+FID_COLUMNS = dict(fid=("FID", 9), inception_score=("IS", 9), inception_score_std=("+-", 7), precision=("prec.", 7), recall=("recall", 8))
+
+
+def heads(columns):
+    return "".join(f"{head:>{width}}" for head, width in columns.values())
+
+
+def cells(row, columns, digits=2):
+    """A row's numbers under `heads`; blank where there is none."""
+    return "".join(" " * width if row.get(key) is None else f"{row[key]:>{width}.{digits}f}" for key, (_, width) in columns.items())
+
+
+def model_lines(rows, columns):
+    """The heads, and a line for each row of a model."""
+    columns = columns | dict(ms_per_image=("ms/image", 10))
+    return [f"{'model':<11}{'steps':>6}" + heads(columns)] + [
+        (f"{row['model']:<11}{row['steps'] or '':>6}" + cells(row, columns)).rstrip() for row in rows]
 
 
 def table(content):
     """report.json's content -> text."""
-    p, rows = content["protocol"], content["rows"]
-    if "scorer" in p:
-        lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, share of images that show what the caption says"]
-        columns, heads = TAG_COLUMNS | dict(ms_per_image=10), TAG_HEADS
-    else:
-        lines = [f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, FD in features of the judge, reference {p['reference']}"]
-        columns = dict(fd=9, inception_score=7, precision=7, recall=8, accuracy=7, spread=8, ms_per_image=10)
-        heads = f"{'FD':>9}{'IS':>7}{'prec.':>7}{'recall':>8}{'acc.':>7}{'spread':>8}"
-    lines += [f"{'model':<11}{'steps':>6}{heads}{'ms/image':>10}"]
-    lines += [(f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())).rstrip() for row in rows]
-    return "\n".join(lines)
+    p, is_exact = content["protocol"], "scorer" in content["protocol"]
+    what = "share of images that show what the caption says" if is_exact else f"FD in features of the judge, reference {p['reference']}"
+    return "\n".join([f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, {what}",
+                      *model_lines(content["rows"], TAG_COLUMNS if is_exact else JUDGE_COLUMNS)])
 
 
 def means(scores):
@@ -406,15 +419,15 @@ def ablation_table(content):
     """report.json's content, as of `ablation_report` -> text."""
     p, rows = content["protocol"], content["rows"]
     first = "overall" if "overall" in rows[0]["scores"][0] else "fd"
-    columns = {key: len(key) + 2 for key in ((*TAGS,) if first == "overall" else ("recall", "accuracy", "precision")) + ("seconds_per_step",)}
+    others = (*TAGS, "seconds_per_step") if first == "overall" else ("recall", "accuracy", "precision", "seconds_per_step")
+    columns = {key: (key, len(key) + 2) for key in others} | dict(paper=("paper", 7))
     lines = [f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
              f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall",
-             f"{'table':<7}{'row':<25}{first:<27}" + "".join(f"{key:>{width}}" for key, width in columns.items()) + f"{'paper':>7}"]
+             f"{'table':<7}{'row':<25}{first:<27}" + heads(columns)]
     for row in rows:
         mean, values = means(row["scores"]), [score[first] for score in row["scores"]]
         text = f"{mean[first]:.2f}" + f" ({min(values):.2f} to {max(values):.2f})" * (len(values) > 1)
-        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<27}" + "".join(cell(mean, *column) for column in columns.items())
-                      + cell(row, "paper", 7)).rstrip())
+        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<27}" + cells(mean | dict(paper=row["paper"]), columns)).rstrip())
     return "\n".join(lines)
 
 
@@ -423,10 +436,8 @@ def ablation_report(rows, protocol, captions, folder):
 
     rows   [(dict(table, row, settings, paper, scores: of each seed, as of `score`), images (n, 3, H, W) of the first seed), ...]
     """
-    content = dict(protocol=protocol, rows=[row for row, _ in rows])
-    (Path(folder) / "report.json").write_text(json.dumps(content, indent=1))
-    sheet([(f"{row['row']}  {headline(means(row['scores']))}", images) for row, images in rows], captions).save(Path(folder) / "report.png")
-    print(ablation_table(content))
+    pictures = [(f"{row['row']}  {headline(means(row['scores']))}", images) for row, images in rows]
+    write_report(folder, protocol, [row for row, _ in rows], ablation_table, pictures, captions)
 
 
 # ------------------------------------------------------------------------------------------------ the table of ImageNet (Table 2)
@@ -470,8 +481,7 @@ def timed(images, spent):
 def rows_of_models(run, target, extract, steps, n, seed, batch):
     """A row for the teacher in each of `steps` and one for the student, and their pictures: images go straight into features."""
     rows, pictures, labels = [], [], torch.arange(n) % len(run.names)             # every class equally often
-    models = [("teacher", run.teacher, T) for T in steps] + ([("student", run.student, 0)] if run.student else [])
-    for name, model, step_count in models:
+    for name, model, step_count in models_of(run, steps):
         spent = []
         examples = generate(model, run.tokenizer, shown(run)[0], run.cfg, step_count, seed)             # a warm-up, too
         images = batches(model, run.tokenizer, labels, run.cfg, step_count, seed, batch, progress=f"{name} {step_count or 1}")
@@ -520,25 +530,15 @@ def official_report(args, run, folder, device):
     if warnings:
         protocol["warning"] = "; ".join(warnings)
     if args.folder:
-        rows, pictures = [dict(model="folder", steps=None, **scores(*collect(files, extract, args.batch), target))], []
-    else:
-        rows, pictures = rows_of_models(run, target, extract, args.steps, args.images, args.seed, args.batch)
-    content = dict(protocol=protocol, rows=rows)
-    (Path(folder) / "report.json").write_text(json.dumps(content, indent=1))
-    if pictures:
-        sheet(pictures, shown(run)[1]).save(Path(folder) / "report.png")
-    print(official_table(content))
-    return content
+        row = dict(model="folder", steps=None, **scores(*collect(files, extract, args.batch), target))
+        return write_report(folder, protocol, [row], official_table, [], [])
+    rows, pictures = rows_of_models(run, target, extract, args.steps, args.images, args.seed, args.batch)
+    return write_report(folder, protocol, rows, official_table, pictures, shown(run)[1])
 
 
 def official_table(content):
     """report.json's content -> text: the protocol, then the columns of Table 2."""
-    lines = [f"{key}: {value}" for key, value in content["protocol"].items()]
-    lines += [f"{'model':<11}{'steps':>6}{'FID':>9}{'IS':>9}{'+-':>7}{'prec.':>7}{'recall':>8}{'ms/image':>10}"]
-    columns = dict(fid=9, inception_score=9, inception_score_std=7, precision=7, recall=8, ms_per_image=10)
-    lines += [f"{row['model']:<11}{row['steps'] or '':>6}" + "".join(cell(row, *column) for column in columns.items())
-              for row in content["rows"]]
-    return "\n".join(lines)
+    return "\n".join([f"{key}: {value}" for key, value in content["protocol"].items()] + model_lines(content["rows"], FID_COLUMNS))
 
 
 # ------------------------------------------------------------------------------------------------ GenEval (Ghosh et al. 2023; Table 1)
@@ -683,7 +683,7 @@ def geneval_scores(detections, prompts, max_overlap=1.0):
 def geneval_table(scores, detector):
     """`geneval_scores` -> text. It names what made the detections: with any but the official detector they are not a model's GenEval."""
     return "\n".join([f"GenEval rules, detections by {detector}: {scores['images']} images of {scores['prompts']} prompts",
-                      TAG_HEADS, "".join(cell(scores, *column) for column in TAG_COLUMNS.items())])
+                      heads(TAG_COLUMNS), cells(scores, TAG_COLUMNS)])
 
 
 def geneval_images(prompts_file, out, make, n=4):
@@ -693,10 +693,6 @@ def geneval_images(prompts_file, out, make, n=4):
     make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
               from the seed and these two numbers alone, whichever others are wanted with it
     """
-    def write(path, save):                                                     # whole or not at all
-        part = path.with_name("." + path.name)                                 # the official scorer takes 0000.png.part for an image
-        save(part)
-        os.replace(part, path)
     def is_complete(path):
         try:
             return read_png(path) is not None
@@ -709,7 +705,7 @@ def geneval_images(prompts_file, out, make, n=4):
         if path.exists() and path.read_text() != text:
             raise ValueError(f"{path} has another prompt than {prompts_file}: {out} was made for another file")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        write(path, lambda part: part.write_text(text))
+        write_whole(path, lambda new: new.write_text(text))
     for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
         files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
         wanted = [i for i in range(n) if not is_complete(files[i])]
@@ -717,121 +713,41 @@ def geneval_images(prompts_file, out, make, n=4):
             images = make(prompt["prompt"], wanted, index)
             assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
             for i, image in zip(wanted, images):
-                write(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
+                write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
 
 
-# ------------------------------------------------------------------------------------------------ speed
-class Stopwatch:
-    """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
-    def __init__(self, device, first):
-        self.device, self.first, self.rounds, self.part = device, first, [], None
-
-    def mark(self, part):
-        if self.device == "cuda":
-            torch.cuda.synchronize()                                           # kernels run on while Python is further
-        now = time.perf_counter()
-        if self.part:
-            self.rounds[-1][self.part] = self.rounds[-1].get(self.part, 0.0) + now - self.begin
-        if part == self.first:
-            self.rounds.append({})
-        self.part, self.begin = part, now
-
-    def milliseconds(self, warm_up=2):
-        """{part: median over the rounds}, and "total"; without the first rounds, and the last, which nothing has ended."""
-        rounds = [r | dict(total=sum(r.values())) for r in self.rounds[warm_up:-1]]
-        return {part: 1000 * float(np.median([r[part] for r in rounds])) for part in rounds[0]}
-
-
-@torch.no_grad()
-def bench_sampling(run, device, batch):
-    """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and `batch` at a time."""
-    rows, models = [], [("teacher", run.teacher, T) for T in (1, 4, 8, 16)]
-    for name, model, steps in [("student", run.student, 0)] * (run.student is not None) + models * (run.teacher is not None):
-        for n in sorted({1, batch}):
-            watch, c = Stopwatch(device, "transformer"), shown(run)[0]
-            c = c[torch.arange(n) % len(c)].to(device)
-            for _ in range(3 if run.cfg.smoke else 7):                         # two of them warm up
-                watch.mark("transformer")                                      # and the draws of tokens
-                z = tokens(model, c, generators(0, 0, n, device), run.cfg, steps)
-                watch.mark("decoder")
-                to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
-            watch.mark("transformer")
-            ms = watch.milliseconds()
-            rows.append(dict(model=name, steps=steps or 1, batch=n, images_per_second=1000 * n / ms["total"],
-                             **{part: ms[key] / n for part, key in dict(ms_per_image="total", transformer="transformer", decoder="decoder").items()}))
-    return rows
-
-
-def peak_gb(device):
-    """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource                                                            # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def bench_training(cfg, parts, device):
-    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is train.distil itself.
-
-    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
-    it does not need, are in memory all the same.
-    """
-    import train                                                               # which imports this file
-    rows, public = [], cfg.dataset in train.sample.OFFICIAL and not cfg.smoke
-    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
-        if public and "gan_weight" in settings and not cfg.gan_weight:
-            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
-            continue
-        watch = Stopwatch(device, "condition")
-
-        def hook(module, inputs):                                              # student and auxiliary are copies of the teacher, hook included
-            if module is parts.teacher:
-                watch.mark("refinement")
-            elif watch.part == "refinement":
-                watch.mark("auxiliary")
-        handle = parts.teacher.register_forward_pre_hook(hook)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
-        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
-        with tempfile.TemporaryDirectory() as folder:
-            train.distil(this, parts, Path(folder), device, watch.mark)
-        handle.remove()
-        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=peak_gb(device)))
-    return rows
-
-
+# ------------------------------------------------------------------------------------------------ the command
 def bench(args, device):
     """--bench: prints two tables, of sampling and of a training step; bench.json in the run's folder."""
-    import train
-    args.run = args.run or (None if args.student or args.dataset else newest_run())
-    run = load_models(args, device, student=not args.dataset, teacher=True)
+    import train                                                               # which imports this file
+    run = load_models(args, device, teacher=True)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
                    "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
     print(content["protocol"])
-    columns = dict(ms_per_image=14, transformer=13, decoder=10, images_per_second=19)
-    print(f"{'model':<10}{'steps':>6}{'batch':>7}" + "".join(f"{key:>{width}}" for key, width in columns.items()))
+    columns = {key: (key, len(key) + 2) for key in ("ms_per_image", "transformer", "decoder", "images_per_second")}
+    print(f"{'model':<10}{'steps':>6}{'batch':>7}" + heads(columns))
     for row in content["sampling"]:
-        print(f"{row['model']:<10}{row['steps']:>6}{row['batch']:>7}" + "".join(cell(row, *column) for column in columns.items()))
+        print(f"{row['model']:<10}{row['steps']:>6}{row['batch']:>7}" + cells(row, columns))
     if args.run:                                                               # else there are no settings to train with
         cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
-        if cfg.dataset in train.sample.OFFICIAL and not cfg.smoke:
+        if cfg.dataset in OFFICIAL and not cfg.smoke:
             parts = run = None                                                 # now with Phi
             parts = train.load_official(cfg, device)
         else:
             parts.captions, parts.files = run.names if run.text else None, {}
-        content["training"] = rows = bench_training(cfg, parts, device)
-        columns = ("condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update", "total", "peak_gb")
+        content["training"] = rows = train.bench_training(cfg, parts, device)
+        parts_of_step = {key: (key, 11) for key in ("condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward",
+                                                    "update", "total")}
+        peak = dict(peak_gb=("peak_gb", 11))
         print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}\n{'method':<10}"
-              + "".join(f"{key:>11}" for key in columns))
+              + heads(parts_of_step | peak))
         for row in rows:
-            print(f"{row['method']:<10}" + "".join(cell(row, key, 11, 2 if key == "peak_gb" else 1) for key in columns))
-    (Path(args.run or ".") / "bench.json").write_text(json.dumps(content, indent=1))
+            print(f"{row['method']:<10}" + cells(row, parts_of_step, 1) + cells(row, peak))
+    write_json(Path(args.run or ".") / "bench.json", content)
 
 
-# ------------------------------------------------------------------------------------------------ the command
-def geneval(args):
+def geneval(args, device):
     """--geneval: the images of all prompts, or with --detections their scores."""
     if not args.prompts:
         raise ValueError("--geneval needs --prompts FILE: evaluation_metadata.jsonl of https://github.com/djghosh13/geneval")
@@ -844,14 +760,13 @@ def geneval(args):
         raise ValueError(f"--geneval draws with one model: the student, or the teacher in the one number of --steps, got {args.steps}")
     captions = [prompt["prompt"] for prompt in read_prompts(args.prompts)]      # now, not after the networks are loaded
     steps = args.steps[0] if args.steps else 0
-    args.run = args.run or (None if args.student or args.dataset else newest_run())
-    run = load_models(args, "cuda" if torch.cuda.is_available() else "cpu", student=not steps, teacher=steps > 0)
+    run = load_models(args, device, teacher=steps > 0)
     model = run.teacher if steps else run.student
     if run.text is None or model is None:
         raise ValueError("--geneval needs a run with captions" if run.text is None else "--dataset laion alone is the teacher: add --steps 16")
     if steps > model.L:
         raise ValueError(f"--steps should be between 1 and {model.L}, got {steps}")
-    device, out = run.tokenizer.E.device, args.out or f"{args.run or '.'}/geneval"
+    out = args.out or f"{args.run or '.'}/geneval"
     check_writable(out)
     if run.cfg.dataset == "scenes":
         run.text.encode(captions)                                              # words that it does not know, before the first folder
@@ -887,8 +802,9 @@ def main():
     model_arguments(parser)
     args = parser.parse_args()
     check_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.geneval:
-        return geneval(args)
+        return geneval(args, device)
     for name, needs in dict(prompts="geneval", out="geneval", detections="geneval", inception_weights="reference").items():
         if getattr(args, name) and not getattr(args, needs):
             raise ValueError(f"--{name.replace('_', '-')} goes with --{needs}")
@@ -899,14 +815,11 @@ def main():
         raise ValueError(f"--images should be at least {least} and --batch 1, got {args.images} and {args.batch}")
     if args.folder and not args.reference:
         raise ValueError("--folder needs --reference: what to compare the images with")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.bench:
         return bench(args, device)
     if args.folder:
         return official_report(args, None, ".", device)
-    public = args.student or args.dataset
-    args.run = args.run or (None if public else newest_run())
-    run = load_models(args, device, student=not args.dataset, teacher=len(args.steps) > 0)
+    run = load_models(args, device, teacher=len(args.steps) > 0)
     if not (run.student or args.steps):
         raise ValueError("nothing to score: --dataset imagenet alone is the public teacher, and --steps names none of its rows")
     if any(not 1 <= T <= run.tokenizer.L for T in args.steps):
@@ -917,9 +830,10 @@ def main():
         raise ValueError("imagenet needs --reference FILE: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
     if run.cfg.dataset != "imagenet" and args.reference:
         raise ValueError(f"--reference is for imagenet; {args.run} is a run of {run.cfg.dataset} and has its own judge")
-    check_writable("." if public else args.run)
+    folder = args.run or "."
+    check_writable(folder)
     if args.reference:
-        return official_report(args, run, "." if public else args.run, device)
+        return official_report(args, run, folder, device)
     report(run, world(run.cfg, "test")[:2], args.run, args.images, args.seed, args.steps)
 
 

@@ -1,4 +1,4 @@
-"""fpd.py - Fixed-Point Distillation (Sec. 3.1, 3.2, 3.4): masking, the multi-step sampler, and one training step.
+"""fpd.py - Fixed-Point Distillation (Sec. 3.1 to 3.4): masking, the multi-step sampler, the lift, and one training step.
 
 Below them the GAN, and a step of two other methods, for comparison.
 
@@ -15,13 +15,16 @@ The student is right when its drafts have the distribution of their own refineme
 """
 import copy
 import math
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import tokenizer as tok
 from drift import drift_loss
-from models import ConvNet
+from models import ConvNet, Discriminator, load_discriminator
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -53,15 +56,18 @@ def mask_ratio(t, schedule="arccos"):
     return schedules[schedule](t)
 
 
-def remask(z, r, mask_id, generator):
-    """M_r of Eq. 5: hide a share r of each draft. z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L).
+def hidden(shape, generator, device, *shares):
+    """One random order of the positions, of which each share hides the first ones. -> a mask (B, L), True = hidden, for each r (B,)
 
     The counts are exact, max(1, round(r L)), where Eq. 1 tosses a coin per position; MaskGIT was trained with exact counts.
     """
-    B, L = z.shape
-    n = (r * L).round().clamp(min=1)                                             # hidden per image, never none
-    rank = uniform((B, L), generator, z.device).argsort(1).argsort(1)
-    is_masked = rank < n[:, None].to(z.device)                                   # Eq. 1, exactly n per row
+    rank = uniform(shape, generator, device).argsort(1).argsort(1)
+    return [rank < (r * shape[1]).round().clamp(min=1)[:, None].to(device) for r in shares]      # Eq. 1; never none, and a smaller r within a larger
+
+
+def remask(z, r, mask_id, generator):
+    """M_r of Eq. 5: hide a share r of each draft. z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L)."""
+    is_masked, = hidden(z.shape, generator, z.device, r)
     return z.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -259,6 +265,11 @@ def entropy(logits):
     return -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
 
 
+def codes_used(z_hat, K):
+    """How many of the K codes occur in the drafts (B, L). -> ()"""
+    return torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
+
+
 def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
@@ -298,7 +309,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
             logs[name] = logs.get(name, 0.0) + value / len(X)
     with torch.no_grad():                                                        # these show a collapse before the pictures do
         logs["entropy"] = entropy(logits)
-        logs["codes_used"] = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
+        logs["codes_used"] = codes_used(z_hat, K)
         logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()       # share of hidden tokens that the teacher replaced
     return loss, logs, images
 
@@ -396,6 +407,55 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     return gradient, {key: value.detach() for key, value in logs.items()}
 
 
+class Gan:
+    """The discriminator, its optimiser and its real images (Sec. 3.4). Nothing else in the distillation sees a real image."""
+    def __init__(self, cfg, parts, device):
+        self.size = parts.tokenizer.image_size
+        torch.manual_seed(cfg.seed)                                              # of what is random in the discriminator
+        if hasattr(parts, "real_files"):                                         # official networks: read when they are needed
+            self.images = parts.real_files
+            self.discriminator = load_discriminator(parts.discriminator_files, self.size, device)
+        else:                                                                    # --smoke of the official networks: any images of their size
+            is_small_world = cfg.dataset in ("shapes", "scenes", "folder")
+            self.images = tok.world(cfg, "train")[0] if is_small_world else tok.shapes(torch.arange(240) % 24, 0, size=self.size)
+            self.discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
+        self.opt = torch.optim.Adam(self.discriminator.discriminators.parameters(), lr=2e-4, betas=(0.0, 0.99))
+        self.seen, self.weight, self.start = 0, cfg.gan_weight, cfg.gan_start
+
+    def real(self, n, generator):
+        """n random real images (n, 3, H, W) in [-1, 1]."""
+        picks = torch.randint(len(self.images), (n,), generator=generator, device=generator.device).tolist()
+        return tok.to_float(torch.stack([tok.read_image(x, self.size) if isinstance(x, Path) else x for x in (self.images[i] for i in picks)]))
+
+    def add(self, gradient, images, generator):
+        """gradient: of the drift loss at the decoded drafts, images (B, 3, H, W) -> the same with the GAN's added, logs.
+
+        The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then means the same for every network.
+        """
+        gan, logs = gan_step(self.discriminator, self.opt, images, self.real(len(images), generator).to(images), self.seen, generator)
+        batch = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)      # every process's drafts teach the same discriminator
+        self.seen += batch
+        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * batch else 0.0
+        logs["gan_scale"] = torch.as_tensor(share)                               # lambda as it stands in the paper's sum
+        return gradient + share * gan, logs
+
+    def state(self):
+        return dict(heads=self.discriminator.state_dict(), opt=self.opt.state_dict(), seen=self.seen)
+
+    def load(self, state):
+        self.discriminator.load_state_dict(state["heads"])
+        self.opt.load_state_dict(state["opt"])
+        self.seen = state["seen"]
+
+    @staticmethod
+    def verdict(logs):
+        """A discriminator that no longer helps, in words, or None. Hinge: real logits want to be above 1, drafts' below -1."""
+        if logs["gan_real"] > 1 and logs["gan_fake"] < -1:
+            return "the discriminator wins: it tells every draft from every real image; a smaller --gan-weight or a later --gan-start may help"
+        if abs(logs["gan_real"] - logs["gan_fake"]) < 0.02:
+            return "the discriminator is lost: real images and drafts look the same to it"
+
+
 # ------------------------------------------------------------------------------------------------ comparison methods (Sec. 2.2, Table 2)
 def jeffrey(teacher_logits, auxiliary_logits, beta):
     """Di[M]O's generalised Jeffrey divergence (1 - beta) KL(p, q) + beta KL(q, p), teacher p, auxiliary q. Two (..., K) -> (...)
@@ -425,16 +485,15 @@ def dimo_step(student, teacher, auxiliary, opt, c, cfg, generator):
         q = auxiliary(z_masked, c).float()[is_masked]
     divergence = jeffrey(p, q.requires_grad_(), cfg.jeffrey).mean()
     gradient, = torch.autograd.grad(divergence, q)
-    hidden = logits[is_masked]
-    loss = divergence.detach() + (gradient * (hidden - hidden.detach())).sum()   # the bracket is 0: `gradient` goes to the logits as it is
+    answers = logits[is_masked]
+    loss = divergence.detach() + (gradient * (answers - answers.detach())).sum()  # the bracket is 0: `gradient` goes to the logits as it is
     # the auxiliary: the teacher's own training (Eq. 2), with drafts in place of data
     z_masked, is_masked = remask(z_hat, sample_ratio(B, 0, 1, generator, device), K, generator)
     auxiliary_loss = F.cross_entropy(auxiliary(z_masked, c).float()[is_masked], z_hat[is_masked], label_smoothing=cfg.label_smoothing)
     opt.zero_grad(set_to_none=True)
     auxiliary_loss.backward()
     opt.step()
-    used = torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
-    return loss, dict(auxiliary_loss=auxiliary_loss.detach(), entropy=entropy(logits.detach()), codes_used=used)
+    return loss, dict(auxiliary_loss=auxiliary_loss.detach(), entropy=entropy(logits.detach()), codes_used=codes_used(z_hat, K))
 
 
 def sdtt_target(teacher, z, c, now, middle, s, generator):
@@ -443,8 +502,7 @@ def sdtt_target(teacher, z, c, now, middle, s, generator):
     z (B, L) codes, of which the share `now` (B,) is hidden at first and `middle` (B,) after the teacher's first step
     returns  z_masked (B, L), is_masked (B, L), logits (B, L, K): at the positions revealed first those of the first step, else of the second
     """
-    rank = uniform(z.shape, generator, z.device).argsort(1).argsort(1)
-    is_masked, still = (rank < (r * z.shape[1]).round().clamp(min=1)[:, None] for r in (now, middle))     # nested; never none
+    is_masked, still = hidden(z.shape, generator, z.device, now, middle)
     z_masked = z.masked_fill(is_masked, teacher.K)
     first = guided_logits(teacher, z_masked, c, s)
     halfway = torch.where(is_masked & ~still, draw(first, 1.0, generator), z_masked)

@@ -9,26 +9,35 @@
 
 Image i depends on the seed and on i alone, not on the batch size (every image has its own random generator).
 train.py draws its sample sheets and evaluate.py its thousands of images with the functions below.
+Also here, what the commands share: checkpoints and other files (load_run, save, write_json), one process for each GPU (launch), time (Stopwatch).
 """
 import argparse
 import copy
 import itertools
+import json
 import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import types
 import zipfile
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 import fpd
@@ -252,6 +261,18 @@ def save(path, content):
         new.unlink(missing_ok=True)
 
 
+def write_whole(path, write):
+    """write(path), but whole or not at all: to a file beside it, ".<name>", which then takes its place."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}")                                        # by the suffix PIL knows the format, and GenEval's scorer images
+    write(new)
+    os.replace(new, path)
+
+
+def write_json(path, content):
+    write_whole(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+
+
 def versions():
     """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
     git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
@@ -270,6 +291,89 @@ def check_finite(recent, stage, good):
                 last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
                 raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
     recent.clear()
+
+
+# ------------------------------------------------------------------------------------------------ several processes, one for each GPU
+# Each draws its own conditions and drafts, and compares them among themselves alone: drafts of different classes never meet in the drift
+# anyway (per_class), and DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two numbers are of a
+# process's own batch that would be of all drafts in one large batch: the unit of distance and the RMS of the drift.
+def launch(main, n):
+    """`n` processes of a program's `main` on this machine; ends as they end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = mp.start_processes(worker, (main, n, port), n, join=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches them without us
+    try:
+        while not processes.join():
+            pass
+    except mp.ProcessExitedException as stop:                                    # it has said why
+        sys.exit(stop.exit_code)
+
+
+def worker(rank, main, n, port):
+    """Process `rank` of `launch`, with the environment that torchrun would give it."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        run_command(main)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def ranks():
+    """-> the rank of this process, 0 when it is alone, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def meet(device):
+    """Join the processes that `launch` or torchrun started, if any. -> this one's rank. Only rank 0 speaks and writes."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # "cuda" is this one from now on
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                             # rank 0 decides
+    return ranks()[0]
+
+
+def any_of_all(flag):
+    """Does any process say so? Waits for all of them; on the host, so that no GPU has to wait."""
+    if dist.is_initialized():
+        flag = torch.tensor(int(bool(flag)))
+        try:
+            dist.all_reduce(flag)
+        except RuntimeError:                                                     # one of them has failed, and said why; now we are ended, too
+            time.sleep(60)
+            sys.exit(1)
+    return bool(flag)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...]"""
+    everything = [x] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everything, x)
+    return everything
+
+
+def average_gradients(opt, *_):
+    """Before a step of `opt`: the mean of all processes' gradients, in place."""
+    for p in itertools.chain(*(group["params"] for group in opt.param_groups)):
+        p.grad /= ranks()[1]
+        dist.all_reduce(p.grad)
+
+
+def share_gradients(student, *helpers):
+    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
+    if ranks()[1] == 1:
+        return student
+    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
+    for helper in helpers:
+        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
+            helper.opt.register_step_pre_hook(average_gradients)
+    return shared
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -334,6 +438,56 @@ def sheet(rows, captions, zoom=None):
     return picture
 
 
+# ------------------------------------------------------------------------------------------------ speed
+class Stopwatch:
+    """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
+    def __init__(self, device, first):
+        self.device, self.first, self.rounds, self.part = device, first, [], None
+
+    def mark(self, part):
+        if self.device == "cuda":
+            torch.cuda.synchronize()                                             # kernels run on while Python is further
+        now = time.perf_counter()
+        if self.part:
+            self.rounds[-1][self.part] = self.rounds[-1].get(self.part, 0.0) + now - self.begin
+        if part == self.first:
+            self.rounds.append({})
+        self.part, self.begin = part, now
+
+    def milliseconds(self, warm_up=2):
+        """{part: median over the rounds}, and "total"; without the first rounds, and the last, which nothing has ended."""
+        rounds = [r | dict(total=sum(r.values())) for r in self.rounds[warm_up:-1]]
+        return {part: 1000 * median(r[part] for r in rounds) for part in rounds[0]}
+
+
+@torch.no_grad()
+def bench_sampling(run, device, batch):
+    """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and `batch` at a time."""
+    rows, models = [], [("teacher", run.teacher, T) for T in (1, 4, 8, 16)]
+    for name, model, steps in [("student", run.student, 0)] * (run.student is not None) + models * (run.teacher is not None):
+        for n in sorted({1, batch}):
+            watch, c = Stopwatch(device, "transformer"), shown(run)[0]
+            c = c[torch.arange(n) % len(c)].to(device)
+            for _ in range(3 if run.cfg.smoke else 7):                           # two of them warm up
+                watch.mark("transformer")                                        # and the draws of tokens
+                z = tokens(model, c, generators(0, 0, n, device), run.cfg, steps)
+                watch.mark("decoder")
+                to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
+            watch.mark("transformer")
+            ms = watch.milliseconds()
+            rows.append(dict(model=name, steps=steps or 1, batch=n, images_per_second=1000 * n / ms["total"],
+                             **{part: ms[key] / n for part, key in dict(ms_per_image="total", transformer="transformer", decoder="decoder").items()}))
+    return rows
+
+
+def peak_gb(device):
+    """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource                                                              # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 # ------------------------------------------------------------------------------------------------ the command
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line become a ValueError, for `run_command`; no guessing at shortened flags."""
@@ -367,8 +521,12 @@ def model_arguments(parser):
         parser.add_argument(f"--{part}-weights", metavar="FILE", help=f"official networks: file of the {part}, else weights/, else the hub")
 
 
-def load_models(args, device, student, teacher):
-    """What `model_arguments` say -> namespace as of load_run. student, teacher: which of the two the caller is going to use."""
+def load_models(args, device, teacher, public=False):
+    """What `model_arguments` say -> namespace as of load_run. args.run: from now on the run that it is, None for public networks
+
+    teacher   is it needed?
+    public    where there is no run at all, the public teacher of ImageNet takes its place
+    """
     given = {part: getattr(args, f"{part}_weights") for part in ("tokenizer", "teacher", "text") if getattr(args, f"{part}_weights")}
     if args.run and (args.student or args.dataset):
         raise ValueError(f"--run and --{'student' if args.student else 'dataset'} exclude each other")
@@ -377,9 +535,10 @@ def load_models(args, device, student, teacher):
     if args.init_mask is not None and not 0 < args.init_mask <= 1:
         raise ValueError(f"--init-mask is a share, between 0 and 1, got {args.init_mask}")
     no_run_at_all = not args.run and not any(Path("runs").glob("*/checkpoint.pt"))
-    if args.student or args.dataset or (no_run_at_all and not student):
+    if args.student or args.dataset or (no_run_at_all and public):
         return load_public(args.dataset or "imagenet", args.student, teacher, given, args.init_mask, device)
-    return load_run(args.run or newest_run(), device, teacher, given)
+    args.run = args.run or newest_run()
+    return load_run(args.run, device, teacher, given)
 
 
 def class_index(text, names):
@@ -452,7 +611,7 @@ def main():
         raise ValueError(f"--out {args.out}: there is no such folder")
     check_writable(Path(args.out).parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = load_models(args, device, student=not args.teacher, teacher=args.teacher)
+    run = load_models(args, device, teacher=args.teacher, public=args.teacher)
     model, steps = (run.teacher, 16 if args.steps is None else args.steps) if args.teacher else (run.student, 0)
     if args.teacher and not 1 <= steps <= model.L:
         raise ValueError(f"--steps should be between 1 and {model.L}, got {steps}")

@@ -229,8 +229,8 @@ def image_files(data):
     return files
 
 
-def folder(data, size=32):
-    """Images of DIR/<class name>/*: the user's own. -> images (N, 3, size, size) uint8, labels (N,) long, names (sorted)."""
+def folder_classes(data):
+    """DIR/<class name>/*: the user's own images. -> names (sorted), for each of them the files (sorted). ValueError where there are none."""
     if not Path(data).is_dir():
         raise ValueError(f"--data {data} is not a folder; it should hold one subfolder of images for each class")
     names = sorted(p.name for p in Path(data).iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -240,6 +240,12 @@ def folder(data, size=32):
     empty = [name for name, found in zip(names, files) if not found]
     if empty:
         raise ValueError(f"--data {data}: no images in class folder {empty[0]!r} (looked for {', '.join(sorted(SUFFIXES))})")
+    return names, files
+
+
+def folder(data, size=32):
+    """The images of `folder_classes`. -> images (N, 3, size, size) uint8, labels (N,) long, names."""
+    names, files = folder_classes(data)
     images = torch.stack([read_image(f, size) for found in files for f in found])
     labels = torch.tensor([label for label, found in enumerate(files) for _ in found])
     return images, labels, names
@@ -257,8 +263,8 @@ def world_captions(cfg, split):
 def world_names(cfg):
     """The names of the world's classes; of scenes, two captions of each kind."""
     if cfg.dataset == "scenes":
-        return world_captions(cfg, "test")[:12]
-    return shapes_names() if cfg.dataset == "shapes" else folder(cfg.data)[2]
+        return scene_captions(12, split_seed(cfg, "test"))                      # the first of that split
+    return shapes_names() if cfg.dataset == "shapes" else folder_classes(cfg.data)[0]
 
 
 def world(cfg, split):

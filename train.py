@@ -26,18 +26,15 @@ import math
 import os
 import platform
 import re
-import signal
-import socket
 import sys
+import tempfile
 import time
 import types
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -46,8 +43,7 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import (FEATURE_NETWORKS, Backbone, ConvNet, Discriminator, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, load_backbone,
-                    load_discriminator)
+from models import FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, load_backbone
 
 
 @dataclasses.dataclass
@@ -469,138 +465,7 @@ def prepare(cfg, device):
     return parts
 
 
-# ------------------------------------------------------------------------------------------------ several processes, one for each GPU
-# Each draws its own conditions and drafts, and compares them among themselves alone: drafts of different classes never meet in the drift
-# anyway (per_class), and DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two numbers are of a
-# process's own batch that would be of all drafts in one large batch: the unit of distance and the RMS of the drift.
-def launch(n):
-    """`n` processes of this command on this machine; ends as they end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.start_processes(worker, (n, port), n, join=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches them without us
-    try:
-        while not processes.join():
-            pass
-    except mp.ProcessExitedException as stop:                                    # it has said why
-        sys.exit(stop.exit_code)
-
-
-def worker(rank, n, port):
-    """Process `rank` of `launch`, with the environment that torchrun would give it."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        sample.run_command(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def ranks():
-    """-> the rank of this process, 0 when it is alone, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def meet(device):
-    """Join the processes that `launch` or torchrun started, if any. -> this one's rank. Only rank 0 speaks and writes."""
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # "cuda" is this one from now on
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                             # rank 0 decides
-    return ranks()[0]
-
-
-def any_of_all(flag):
-    """Does any process say so? Waits for all of them; on the host, so that no GPU has to wait."""
-    if dist.is_initialized():
-        flag = torch.tensor(int(bool(flag)))
-        try:
-            dist.all_reduce(flag)
-        except RuntimeError:                                                     # one of them has failed, and said why; now we are ended, too
-            time.sleep(60)
-            sys.exit(1)
-    return bool(flag)
-
-
-def gather(x):
-    """[x of rank 0, x of rank 1, ...]"""
-    everything = [x] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everything, x)
-    return everything
-
-
-def average_gradients(opt, *_):
-    """Before a step of `opt`: the mean of all processes' gradients, in place."""
-    for p in itertools.chain(*(group["params"] for group in opt.param_groups)):
-        p.grad /= ranks()[1]
-        dist.all_reduce(p.grad)
-
-
-def share_gradients(student, *helpers):
-    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
-    if ranks()[1] == 1:
-        return student
-    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
-    for helper in helpers:
-        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
-            helper.opt.register_step_pre_hook(average_gradients)
-    return shared
-
-
 # ------------------------------------------------------------------------------------------------ distillation
-class Gan:
-    """The discriminator, its optimiser and its real images (Sec. 3.4). Nothing else in the distillation sees a real image."""
-    def __init__(self, cfg, parts, device):
-        self.size = parts.tokenizer.image_size
-        torch.manual_seed(cfg.seed)                                              # of what is random in the discriminator
-        if cfg.dataset in sample.OFFICIAL and not cfg.smoke:
-            self.images = parts.real_files                                       # read when they are needed
-            self.discriminator = load_discriminator(parts.discriminator_files, self.size, device)
-        else:
-            self.images = tok.shapes(torch.arange(240) % 24, 0, size=self.size) if cfg.dataset in sample.OFFICIAL else tok.world(cfg, "train")[0]
-            self.discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
-        self.opt = torch.optim.Adam(self.discriminator.discriminators.parameters(), lr=2e-4, betas=(0.0, 0.99))
-        self.seen, self.weight, self.start = 0, cfg.gan_weight, cfg.gan_start
-
-    def real(self, n, generator):
-        """n random real images (n, 3, H, W) in [-1, 1]."""
-        picks = torch.randint(len(self.images), (n,), generator=generator, device=generator.device).tolist()
-        return tok.to_float(torch.stack([tok.read_image(x, self.size) if isinstance(x, Path) else x for x in (self.images[i] for i in picks)]))
-
-    def add(self, gradient, images, generator):
-        """gradient: of the drift loss at the decoded drafts, images (B, 3, H, W) -> the same with the GAN's added, logs.
-
-        The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then means the same for every network.
-        """
-        gan, logs = fpd.gan_step(self.discriminator, self.opt, images, self.real(len(images), generator).to(images), self.seen, generator)
-        batch = len(images) * ranks()[1]                                         # every process's drafts teach the same discriminator
-        self.seen += batch
-        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * batch else 0.0
-        logs["gan_scale"] = torch.as_tensor(share)                               # lambda as it stands in the paper's sum
-        return gradient + share * gan, logs
-
-    def state(self):
-        return dict(heads=self.discriminator.state_dict(), opt=self.opt.state_dict(), seen=self.seen)
-
-    def load(self, state):
-        self.discriminator.load_state_dict(state["heads"])
-        self.opt.load_state_dict(state["opt"])
-        self.seen = state["seen"]
-
-    @staticmethod
-    def verdict(logs):
-        """A discriminator that no longer helps, in words, or None. Hinge: real logits want to be above 1, drafts' below -1."""
-        if logs["gan_real"] > 1 and logs["gan_fake"] < -1:
-            return "the discriminator wins: it tells every draft from every real image; a smaller --gan-weight or a later --gan-start may help"
-        if abs(logs["gan_real"] - logs["gan_fake"]) < 0.02:
-            return "the discriminator is lost: real images and drafts look the same to it"
-
-
 def draw_condition(parts, cfg, generator):
     """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
     G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
@@ -654,7 +519,7 @@ def memory(student, parts, cfg, half, c):
 
 def go_on(folder, made_with, student, ema, opt, generator, gan, other):
     """--resume: everything as it was in the checkpoint of `folder`. -> its step. ValueError where it cannot go on here"""
-    saved, (rank, n_ranks) = sample.read_checkpoint(folder), ranks()
+    saved, (rank, n_ranks) = sample.read_checkpoint(folder), sample.ranks()
     states = torch.atleast_2d(saved["rng"])                                      # one for each process
     if states[0].shape != generator.get_state().shape:
         raise ValueError(f"--resume: {folder} did not run on {generator.device}, and its random numbers can only go on where they began")
@@ -682,12 +547,27 @@ def open_log(path, start):
     return open(path, "a")
 
 
+def tell(log, bar, row, gan):
+    """A step's numbers {term: number} into log.jsonl and beside the bar, and what the GAN has to say about them."""
+    log.write(json.dumps(row) + "\n")
+    log.flush()
+    bar.set_postfix(loss=f"{row['loss']:.3f}", entropy=f"{row['entropy']:.2f}")
+    if gan and gan.verdict(row):
+        tqdm.write(f"step {row['step']}: {gan.verdict(row)}")
+
+
+@torch.no_grad()
+def update_ema(ema, student, decay):
+    for p, q in zip(ema.parameters(), student.parameters()):
+        p.lerp_(q, 1 - decay)
+
+
 def distil(cfg, parts, folder, device, mark=lambda part: None):
     """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl (of rank 0's drafts) and samples/ in `folder`.
 
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
-    rank, _ = ranks()
+    rank, _ = sample.ranks()
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
     ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
@@ -695,24 +575,23 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
     lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, sample.versions()
     c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
-    gan = Gan(cfg, parts, device) if cfg.gan_weight else None
-    other = {"fpd": None, "dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method]
-    other = other and other(cfg, parts)                                          # a comparison method, in place of fpd_step
+    gan = fpd.Gan(cfg, parts, device) if cfg.gan_weight else None
+    other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
         print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
         start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
-    drafting, recent = share_gradients(student, gan, other), []                  # recent: steps whose numbers nobody has looked at
+    drafting, recent = sample.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
 
     def save_state(step):
         sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
-        states = gather(generator.get_state())
+        states = sample.gather(generator.get_state())
         if rank == 0:
             sample.save(folder / "checkpoint.pt", dict(
                 format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
                 student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=torch.stack(states),
                 gan=gan.state() if gan else None, method=other.state() if other else None, versions=made_with))
-        any_of_all(False)                                                        # where it cannot be written, nobody goes on
+        sample.any_of_all(False)                                                 # where it cannot be written, nobody goes on
 
     if not cfg.resume:
         save_state(0)                                                            # a disk that is too small is noticed now, not after hours
@@ -749,20 +628,12 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
-            decay = min(cfg.ema, (1 + step) / (10 + step))                       # the ramp forgets the teacher's first drafts
-            with torch.no_grad():
-                for p, q in zip(ema.parameters(), student.parameters()):
-                    p.lerp_(q, 1 - decay)
+            update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))     # the ramp forgets the teacher's first drafts
             if step % cfg.log_every == 0:
-                row = {"step": step, "loss": loss.item(), **{k: float(v) for k, v in logs.items()}}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", entropy=f"{row['entropy']:.2f}")
-                if gan and gan.verdict(row):
-                    tqdm.write(f"step {step}: {gan.verdict(row)}")
+                tell(log, bar, {"step": step, "loss": loss.item(), **{k: float(v) for k, v in logs.items()}}, gan)
             if step % cfg.sample_every == 0 and rank == 0:
                 sample_sheet(cfg, parts, ema, folder / "samples" / f"{step:06d}.png")
-            stop = any_of_all(interrupted)                                       # all of them after the same step
+            stop = sample.any_of_all(interrupted)                                # all of them after the same step
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save_state(step)
             if stop:
@@ -771,6 +642,36 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 print(f"\nstopped; saved after step {step}. Go on with: {how}")
                 sys.exit(0 if rank else 130)                                     # whoever fails first ends the others, even while rank 0 saves
     return ema
+
+
+def bench_training(cfg, parts, device):
+    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is `distil` itself.
+
+    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
+    it does not need, are in memory all the same.
+    """
+    rows, public = [], cfg.dataset in sample.OFFICIAL and not cfg.smoke
+    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
+        if public and "gan_weight" in settings and not cfg.gan_weight:
+            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
+            continue
+        watch = sample.Stopwatch(device, "condition")
+
+        def hook(module, inputs):                                                # student and auxiliary are copies of the teacher, hook included
+            if module is parts.teacher:
+                watch.mark("refinement")
+            elif watch.part == "refinement":
+                watch.mark("auxiliary")
+        handle = parts.teacher.register_forward_pre_hook(hook)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
+        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
+        with tempfile.TemporaryDirectory() as folder:
+            distil(this, parts, Path(folder), device, watch.mark)
+        handle.remove()
+        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=sample.peak_gb(device)))
+    return rows
 
 
 def sample_sheet(cfg, parts, student, path):
@@ -796,7 +697,7 @@ def run_folder(cfg):
     if cfg.name:
         if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
             raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
-        begun = {"config.json", "samples", "checkpoint.pt.tmp"}                      # what a run leaves that was killed before its first save
+        begun = {".config.json", "config.json", "samples", "checkpoint.pt.tmp"}      # what a run leaves that was killed before its first save
         if {path.name for path in (runs / cfg.name).glob("*")} - begun:
             raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
         return runs / cfg.name
@@ -805,12 +706,6 @@ def run_folder(cfg):
 
 
 # ------------------------------------------------------------------------------------------------ ablations (Tables 3 and 4)
-def write_json(path, content):
-    """Whole or not at all."""
-    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1))
-    os.replace(f"{path}.tmp", path)
-
-
 def ablation_runs(base, root):
     """The runs of --ablations -> {(name of the row, seed): its Config}. ValueError where one is there already, with other settings."""
     runs = {}
@@ -838,31 +733,33 @@ def ablate(base, root, device):
     """
     runs, n = ablation_runs(base, root), 48 if base.smoke else 960               # all settings are good, before anything is made
     print(f"{len(runs)} runs. Ctrl-C stops; the same command goes on")
-    parts, real = prepare(base, device), tok.world(base, "test")[:2]
+    parts = prepare(base, device)
+    parts.cfg = base
+    scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)              # one for all rows, whose networks differ in the student alone
     for (row, seed), cfg in runs.items():
         folder = root.parent / cfg.name
         if (folder / "score.json").exists():
             continue
         print(f"\n{row}, seed {seed}: {folder}")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
+        sample.write_json(folder / "config.json", dataclasses.asdict(cfg))
         start, seconds = sample.read_checkpoint(folder)["step"] if (folder / "checkpoint.pt").exists() else 0, None
         if start < cfg.steps:
             begin = time.time()
             distil(dataclasses.replace(cfg, resume=start > 0), parts, folder, device)
             seconds = (time.time() - begin) / (cfg.steps - start)                # sample sheets and all
         run = sample.load_run(folder, device)
-        write_json(folder / "score.json", evaluate.score(run, run.student, 0, real, n) | dict(seconds_per_step=seconds))
-    run, (c, captions), rows = types.SimpleNamespace(**vars(parts), cfg=base), sample.shown(parts), []
+        sample.write_json(folder / "score.json", evaluate.score(run, run.student, 0, *scorer) | dict(seconds_per_step=seconds))
+    (c, captions), rows = sample.shown(parts), []
     teacher = root.parent / next(iter(runs.values())).name / "teacher.json"      # beside the base, whose settings it depends on
     if not teacher.exists():
-        write_json(teacher, {T: evaluate.score(run, run.teacher, T, real, n) for T in (16, 1)})
+        sample.write_json(teacher, {T: evaluate.score(parts, parts.teacher, T, *scorer) for T in (16, 1)})
 
     def add(table, row, settings, paper, scores, run, model, steps):
         rows.append((dict(table=table, row=row, settings=settings, paper=paper, scores=scores),
                      sample.generate(model, run.tokenizer, c, run.cfg, steps, seed=0)))
     for T, score in json.loads(teacher.read_text()).items():
-        add("", f"teacher {T}", {}, None, [score], run, run.teacher, int(T))
+        add("", f"teacher {T}", {}, None, [score], parts, parts.teacher, int(T))
     for table, row, settings, paper in ABLATIONS:
         folders = [root.parent / cfg.name for (other, _), cfg in runs.items() if other == row]
         run = sample.load_run(folders[0], device)
@@ -880,18 +777,18 @@ def main():
     if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:               # bad --data should end here, before anything is written
         raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept for the report")
     if (cfg.gpus or 0) > 1 and not several:
-        return launch(cfg.gpus)
-    rank = meet(device)                                                          # after this, `folder` may exist
+        return sample.launch(main, cfg.gpus)
+    rank = sample.meet(device)                                                   # after this, `folder` may exist
     print(f"run {folder} on {device}, torch {torch.__version__}, python {platform.python_version()}")
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.ablations:
         return ablate(cfg, folder, device)
     begin = time.time()
     if rank:
-        any_of_all(False)                                                        # rank 0 prepares, the others find it done
+        sample.any_of_all(False)                                                 # rank 0 prepares, the others find it done
     parts = prepare(cfg, device)
     if not rank:
-        any_of_all(False)
+        sample.any_of_all(False)
     if cfg.far and cfg.refine_steps > parts.teacher.L:
         raise ValueError(f"--refine-steps should be between 1 and {parts.teacher.L}, the tokens of an image, got {cfg.refine_steps}")
     for part, path in parts.files.items():
@@ -900,7 +797,7 @@ def main():
     prepared = time.time()
     if not rank:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        sample.write_json(folder / "config.json", dataclasses.asdict(cfg))
     distil(cfg, parts, folder, device)
     if several:
         dist.destroy_process_group()

@@ -112,10 +112,10 @@ def test_the_smoke_run_of_official_networks_has_the_asked_blocks_too(tmp_path, m
 
 # ------------------------------------------------------------------------------------------------ the GAN
 def make_gan(seed=0, **settings):
-    """-> train.Gan as a small world has it, with an untrained Phi"""
+    """-> fpd.Gan as a small world has it, with an untrained Phi"""
     torch.manual_seed(0)
     parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), phi=models.ConvNet(width=4).eval().requires_grad_(False))
-    return train.Gan(train.Config(smoke=True, seed=seed, **{"gan_weight": 0.5, **settings}), parts, "cpu")
+    return fpd.Gan(train.Config(smoke=True, seed=seed, **{"gan_weight": 0.5, **settings}), parts, "cpu")
 
 
 def some_images(seed=0):
@@ -160,7 +160,7 @@ def test_the_gan_reaches_the_student():
         loss, _, images = system.step()
         gradient, = torch.autograd.grad(loss, images)
         if weight:
-            gradient, _ = train.Gan(cfg, parts, "cpu").add(gradient, images, gen())
+            gradient, _ = fpd.Gan(cfg, parts, "cpu").add(gradient, images, gen())
         images.backward(gradient)
         gradients.append(system.student.tok_emb.weight.grad)
     alone, both = gradients
@@ -203,7 +203,7 @@ def test_a_discriminator_depends_on_the_seed_alone():
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
     torch.rand(7)
     parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), phi=a.discriminator.networks["phi"])
-    again = train.Gan(train.Config(smoke=True, gan_weight=0.5), parts, "cpu").discriminator.state_dict()
+    again = fpd.Gan(train.Config(smoke=True, gan_weight=0.5), parts, "cpu").discriminator.state_dict()
     assert all(torch.equal(states[0][key], again[key]) for key in again)
 
 
@@ -215,15 +215,15 @@ def test_real_images_come_from_the_world_or_from_files(tmp_path, monkeypatch):
     assert all((image == world).flatten(1).all(1).any() for image in real) and real.unique(dim=0).shape[0] == 5
     for i in range(3):
         Image.new("RGB", (50, 40), (40 * i, 0, 255)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(train, "load_discriminator", lambda files, size, device: gan.discriminator)
+    monkeypatch.setattr(fpd, "load_discriminator", lambda files, size, device: gan.discriminator)
     parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), real_files=tokenizer.image_files(tmp_path), discriminator_files={})
-    real = train.Gan(train.Config(dataset="imagenet", gan_weight=1.0, data=str(tmp_path)), parts, "cpu").real(20, gen())
+    real = fpd.Gan(train.Config(dataset="imagenet", gan_weight=1.0, data=str(tmp_path)), parts, "cpu").real(20, gen())
     assert real.shape == (20, 3, 32, 32) and (real[:, 2] == 1).all() and len(real[:, 0, 0, 0].unique()) == 3
 
 
 @pytest.mark.parametrize("real, fake, says", [(1.2, -1.3, "wins"), (1.2, -0.9, None), (0.5, -0.5, None), (0.301, 0.3, "lost"), (-0.3, 0.3, None)])
 def test_a_discriminator_that_no_longer_helps_is_named(real, fake, says):
-    verdict = train.Gan.verdict(dict(gan_real=real, gan_fake=fake))
+    verdict = fpd.Gan.verdict(dict(gan_real=real, gan_fake=fake))
     assert verdict is None if says is None else f"the discriminator {'wins' if says == 'wins' else 'is lost'}" in verdict
 
 

@@ -1,4 +1,4 @@
-"""Several processes: two of them with gloo on the CPU do what one does, twice. torchrun starts this file itself; train.launch the command."""
+"""Several processes: two of them with gloo on the CPU do what one does, twice. torchrun starts this file itself; sample.launch the command."""
 import os
 import signal
 import subprocess
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from test_fpd import System
 
 import fpd
+import sample
 import train
 
 OTHER_SEED = 1_000_003                                                 # of rank 1, for --seed 0
@@ -48,9 +49,9 @@ def same_everywhere(network):
 
 
 def two_processes(folder):
-    rank = train.meet("cpu")
+    rank = sample.meet("cpu")
     kept = []
-    for cls in (train.Gan, fpd.DiMO, fpd.SDTT):
+    for cls in (fpd.Gan, fpd.DiMO, fpd.SDTT):
         def keep(self, *args, old=cls.__init__):
             old(self, *args)
             kept.append(self)
@@ -115,7 +116,7 @@ def test_launch_runs_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", "train.py --dataset imagenet --smoke --gpus 0 --steps 1 --batch 4 --per-class 2".split())
     before = signal.getsignal(signal.SIGINT)
     try:
-        train.launch(2)
+        sample.launch(train.main, 2)
     finally:
         signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().out.count("Nothing was learnt") == 1
