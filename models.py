@@ -210,7 +210,7 @@ class MaskGen(nn.Module):
 
     forward(z (B, L) long 0..K, c (B, >= 1 + T, W), drop (B,) bool | None: True = empty caption) -> logits (B, L, K)
     """
-    def __init__(self, K=128, L=64, width=128, depth=4, heads=4, text_width=64, T=12, score_width=0, aesthetic_score=6.5, unused_rows=0):
+    def __init__(self, K=128, L=64, width=128, depth=4, heads=4, text_width=128, T=12, score_width=0, aesthetic_score=6.5, unused_rows=0):
         super().__init__()
         self.K, self.L, self.score_width, self.aesthetic_score = K, L, score_width, aesthetic_score
         self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
@@ -281,29 +281,33 @@ def load_maskgen(src, heads=16, num_classes=1000, T=77):
 
 # ------------------------------------------------------------------------------------------------ words: the scenes world's text encoder
 class Words(nn.Module):
-    """Text c of the scenes world's captions, with nothing to learn: every word has an axis of its own, and so has every place in a caption.
+    """Text c of the scenes world's captions, with nothing to learn: every row is a random sum of what words there are, and how far from it.
 
-    width   W >= words + T, of which the rest stays 0       T   places; captions have at most 8 words
+    So the row of "square" knows that it is blue, and above something: like CLIP's rows, it has read its context. (Of rows that know no more
+    than their own word and place, the small teacher would have to learn that first; in its minutes it does not. See README.)
+
+    width   W       T   rows; captions have at most 8 words
     """
-    def __init__(self, width=64, T=12):
+    def __init__(self, width=128, T=12):
         super().__init__()
         self.T = T
-        self.register_buffer("axes", width ** 0.5 * torch.eye(width))            # of length 8, so that a few make numbers of the size 1
+        self.register_buffer("vectors", torch.randn(2 * T + 1, len(SCENE_WORDS), width, generator=torch.Generator().manual_seed(0)))
 
     def encode(self, captions):
-        """Captions, a list of str -> c (B, 1 + T, W): row 0 the sum of the words, then word + place, and zeros behind the last word.
+        """Captions, a list of str -> c (B, 1 + T, W): row 0 reads from before the first word, row i from the i-th, and zeros behind the last.
 
         "" is the empty caption, which stands for "no condition": zeros. ValueError for words and sentences that parse_caption does not know
         """
         if isinstance(captions, str) or not captions or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions should be a list of one text or more, got {captions!r}"[:200])
-        c = self.axes.new_zeros(len(captions), 1 + self.T, self.axes.shape[1])
+        c = self.vectors.new_zeros(len(captions), 1 + self.T, self.vectors.shape[2])
         for row, caption in zip(c, captions):
             if caption.strip():
                 parse_caption(caption)
-                axes = self.axes[[SCENE_WORDS.index(word) for word in caption.lower().split()]]          # (words, W)
-                row[0] = axes.sum(0)
-                row[1:1 + len(axes)] = axes + self.axes[len(SCENE_WORDS):len(SCENE_WORDS) + len(axes)]
+                words = torch.tensor([SCENE_WORDS.index(word) for word in caption.lower().split()])
+                at = torch.arange(len(words) + 1)
+                distance = at[1:] - at[:, None]                                  # (rows, words), from -T to T
+                row[at] = self.vectors[self.T + distance, words].sum(1) / len(words) ** 0.5
         return c
 
 

@@ -224,14 +224,17 @@ def test_overall_is_the_mean_of_the_kinds():
 
 
 # ------------------------------------------------------------------------------------------------ the words
-def test_words_are_one_axis_each_and_one_for_the_place():
+def test_a_row_says_which_words_there_are_and_how_far_from_it():
     text = Words()
-    c = text.encode(["a red circle and a blue square", "a blue circle and a red square", "a circle", ""])
-    assert c.shape == (4, 13, 64)
-    assert torch.equal(c[0, 0], c[1, 0]) and not torch.equal(c[0, 1:], c[1, 1:])  # the same words in another order
-    assert c[2, 3:].eq(0).all() and c[3].eq(0).all()                             # behind the last word; the empty caption
-    assert torch.equal(c[2, 0] / 8, F.one_hot(torch.tensor([SCENE_WORDS.index("a"), SCENE_WORDS.index("circle")]), 64).sum(0).float())
-    assert (c[0, 1:8] ** 2).sum(1).eq(2 * 64).all()
+    c = text.encode(["a red circle and a blue square", "a blue circle and a red square", "a circle", "a circle and a square", ""])
+    assert c.shape == (5, 13, 128)
+    assert c[2, 3:].eq(0).all() and c[4].eq(0).all()                             # behind the last word; the empty caption
+    a, circle, v, T = SCENE_WORDS.index("a"), SCENE_WORDS.index("circle"), text.vectors, text.T
+    for row in range(3):                                                         # row 0 stands before "a", row 1 on it, row 2 on "circle"
+        assert torch.allclose(c[2, row], (v[T + 1 - row, a] + v[T + 2 - row, circle]) / 2 ** 0.5)
+    assert not torch.equal(c[0, 0], c[1, 0])                                     # the order counts
+    assert not torch.equal(c[2, 2], c[3, 2])                                     # "circle" alone, and beside a square
+    assert torch.allclose(c[0, 1:8].pow(2).mean(), torch.tensor(1.0), atol=0.15) # numbers of the size 1
     assert torch.equal(c[2], text.encode(["A  circle"])[0])                      # alone or in a batch
 
 

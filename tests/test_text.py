@@ -159,7 +159,7 @@ def test_a_step_on_captions_trains_the_student_alone(chunk):
     """MaskGen, and TA-TiTok, whose decoder reads the text, too. Far drafts come from MaskGen's own sampler. Chunks change nothing."""
     torch.manual_seed(0)
     words = models.Words()
-    vq = tokenizer.TATiTok(K=8, d=4, L=16, width=(16, 16), depth=(1, 1), patch=8, text=(12, 64), image_size=32, head_width=8)
+    vq = tokenizer.TATiTok(K=8, d=4, L=16, width=(16, 16), depth=(1, 1), patch=8, text=(12, 128), image_size=32, head_width=8)
     phi, teacher = models.ConvNet(width=4), models.MaskGen(K=8, L=16, width=16, depth=2, heads=2)
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.1)                                              # else its gates are closed
