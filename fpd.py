@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tokenizer as tok
@@ -188,6 +189,21 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
     return (sample_maskgen if hasattr(teacher, "empty") else sample)(teacher, c, steps, generator, s=s, noise=noise)
 
 
+class Bank(nn.Module):
+    """n samples of the teacher for each class, z (num_classes, n, L) codes: refinements (Eq. 5) for r = 1.
+
+    There nothing of the draft is left: such a refinement depends on the class alone, never grows old, and may serve again and again.
+    """
+    def __init__(self, num_classes, n, L):
+        super().__init__()
+        self.register_buffer("z", torch.zeros(num_classes, n, L, dtype=torch.long))
+
+    def draw(self, c, per_class, generator):
+        """Labels c (B,), in runs of per_class <= n equal ones -> z (B, L), different samples for those of one class."""
+        order = uniform((len(c) // per_class, self.z.shape[1]), generator, c.device).argsort(1)[:, :per_class]
+        return self.z[c, order.flatten()]
+
+
 # ------------------------------------------------------------------------------------------------ the lift (Sec. 3.3)
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
@@ -270,12 +286,13 @@ def codes_used(z_hat, K):
     return torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
 
 
-def fpd_step(student, teacher, lift, E, c, cfg, generator):
+def fpd_step(student, teacher, lift, E, c, cfg, generator, bank=None):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
     lift              a Lift: .decode(e (B, L, d), c) -> images, .features(images) -> list of X (B, F, D), one per block (Sec. 3.3)
     E (K, d)          the tokenizer's codebook;   c (B, ...) condition, labels or text, in runs of cfg.per_class equal ones
+    bank              a Bank, which has the refinements of the drafts with r = 1; None: the teacher's sampler makes them anew
     returns           loss (), logs (dict of 0-dim tensors), images (B, 3, H, W): the decoded drafts, through which all of the gradient passes
     """
     B, K, device = len(c), student.K, c.device
@@ -292,7 +309,9 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         z_masked, is_masked = remask(source, r, K, generator)                    # M_r
         z_ref = torch.empty_like(z_hat)
         z_ref[near] = refine(teacher, z_masked[near], c[near], cfg.teacher_cfg, generator)   # T_phi^r, (B, L)
-        if len(far):                                                             # from nothing, one pass would be junk
+        if bank is not None:
+            z_ref[far] = bank.draw(c, cfg.per_class, generator)[far]
+        elif len(far):                                                           # from nothing, one pass would be junk
             z_ref[far] = sample_teacher(teacher, c[far], cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
         Y = lift.features(lift.decode(E[z_ref], c))                              # targets are constants
     images = lift.decode(e, c)

@@ -88,6 +88,7 @@ class Config:
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
     far: float = 0.0                  # share of drafts with r = 1, which the teacher refines in refine_steps of its sampler (ours; see README)
     refine_steps: int = 4             # ... since a single one from nothing is junk
+    bank: int = 0                     # such refinements of each class, made once and used again and again; 0: new ones every time
     space: str = "feature"            # feature | pixel: where drafts and refinements are compared (Table 4a)
     grid: int = 4                     # features are averaged to grid x grid positions; 1 pools them (Table 4b)
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Sec. 4.1, Table 4a)
@@ -119,20 +120,22 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=4, own_target=False, pull=True, crowd=1.5,
+             draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=16, bank=64, own_target=False, pull=True, crowd=1.5,
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 2000 captions
 # where shapes has 24 classes, each met once or twice: more of them in a batch, a lower learning rate and more steps
 SCENES = {**SMALL, "teacher_steps": 1600, "steps": 400, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.2,
-          "refine_steps": 8, "crowd": 0.5, "teacher_cfg": 3.0}
+          "refine_steps": 8, "bank": 0, "crowd": 0.5, "teacher_cfg": 3.0}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
 # ... and in the small worlds. Their teachers learn without label smoothing. SDTT: its last round, the one that counts, needs a learning rate;
 # without codes in z_init the sampling is its only noise, so it stays warm
-SMALL_METHODS = {"fpd": {}, "dimo": dict(draft_temperature=1.0, label_smoothing=0.0), "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0)}
+SMALL_METHODS = {"fpd": {}, "dimo": dict(draft_temperature=1.0, label_smoothing=0.0),
+                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0, refine_steps=4)}
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
-SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2, save_every=2)
+SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, refine_steps=2, decay=0.0, log_every=1, sample_every=2,
+             save_every=2)
 # The rows of --ablations: the paper's table, a name, what differs from the base, the paper's GenEval score (overall). Without r = 1 in 3b:
 # there nothing of the draft is left, so that both rows would mostly learn the same
 ABLATIONS = [("", "FPD, the base", {}, 0.43),
@@ -214,6 +217,9 @@ def check(cfg):
     for name in ("draft_temperature", "temperature", "lr", "clip"):
         want(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} should be positive, got {getattr(cfg, name)}")
     want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
+    want(cfg.bank >= 0, f"--bank should not be negative, got {cfg.bank}")
+    want(not cfg.bank or cfg.dataset in ("shapes", "folder"), "--bank goes with --dataset shapes or folder: it holds samples of every class")
+    want(not cfg.bank or cfg.bank >= cfg.per_class, f"--bank should be 0 or at least --per-class {cfg.per_class}, got {cfg.bank}")
     want(cfg.dataset == "shapes" or not cfg.anywhere, "--anywhere goes with --dataset shapes")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
     want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
@@ -386,9 +392,20 @@ def train_teacher(cfg, device, vq, text, training):
     return teacher, args
 
 
+@torch.no_grad()
+def fill_bank(cfg, device, teacher, num_classes, training):
+    """The Bank's samples, by the teacher's own sampler. (Made in one go: a minute's work.)"""
+    args = dict(num_classes=num_classes, n=cfg.bank, L=teacher.L)
+    bank, generator = fpd.Bank(**args).to(device), torch.Generator(device).manual_seed(cfg.prepare_seed)
+    for k in tqdm(range(num_classes), "bank"):
+        c = torch.full((cfg.bank,), k, device=device)
+        bank.z[k] = fpd.sample_teacher(teacher, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+    return bank, args
+
+
 def load_official(cfg, device):
     """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
-    parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None)
+    parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None, bank=None)
     finders = {"tokenizer": partial(sample.official, cfg.dataset, "tokenizer", cfg.tokenizer_weights),
                "teacher": partial(sample.official, cfg.dataset, "teacher", cfg.teacher_weights),
                "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)}
@@ -421,7 +438,7 @@ def prepare(cfg, device):
         return load_official(cfg, device)
     files, made_from = {}, {"dataset": cfg.dataset, "data": cfg.data and str(Path(cfg.data).resolve()), "anywhere": cfg.anywhere,
                             "seed": cfg.prepare_seed, "smoke": cfg.smoke}
-    parts = types.SimpleNamespace(names=None, text=None, captions=None, files=files)
+    parts = types.SimpleNamespace(names=None, text=None, captions=None, bank=None, files=files)
 
     def cached(part, build, **settings):
         key = json.dumps({**made_from, **settings, "format": sample.FORMAT}, sort_keys=True)
@@ -453,14 +470,19 @@ def prepare(cfg, device):
     else:
         if cfg.dataset == "scenes":
             parts.captions = tok.world_captions(cfg, "train")
-            cached("text", untrained(Words))
+            cached("text", untrained(Words, width=128), width=128)
         parts.names = tok.world_names(cfg)
         cached("tokenizer", partial(train_tokenizer, cfg, device), steps=cfg.tokenizer_steps)
         cached("phi", partial(train_classifier, cfg, device, "phi", 32), steps=cfg.classifier_steps)
         if cfg.dataset != "scenes":                                              # which has an exact scorer
             cached("judge", partial(train_classifier, cfg, device, "judge", 24), steps=cfg.classifier_steps)
         cached("teacher", partial(train_teacher, cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps,
-               tokenizer=files["tokenizer"])
+               tokenizer=files["tokenizer"], text=files.get("text"))
+        if cfg.far and cfg.refine_steps > parts.teacher.L:
+            raise ValueError(f"--refine-steps should be between 1 and {parts.teacher.L}, the tokens of an image, got {cfg.refine_steps}")
+        if cfg.bank and cfg.far and cfg.method == "fpd":
+            cached("bank", partial(fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
+                   guidance=cfg.guidance, noise=cfg.confidence_noise, teacher=files["teacher"])
     sample.set_text(parts.text, parts.teacher)
     return parts
 
@@ -608,7 +630,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 if other:
                     loss, logs = other.step(drafting, c, step, generator)
                 else:
-                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator)
+                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator, parts.bank)
             mark("backward")
             if other:
                 loss.backward()
@@ -789,8 +811,6 @@ def main():
     parts = prepare(cfg, device)
     if not rank:
         sample.any_of_all(False)
-    if cfg.far and cfg.refine_steps > parts.teacher.L:
-        raise ValueError(f"--refine-steps should be between 1 and {parts.teacher.L}, the tokens of an image, got {cfg.refine_steps}")
     for part, path in parts.files.items():
         network = getattr(parts, part)
         print(f"{part}: {type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, {path}")

@@ -359,8 +359,8 @@ class System:
         self.teacher, self.student = tiny(1), tiny(2).requires_grad_(True)
         self.lift, self.c = Lift(self.vq, self.phi, self.cfg), torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
 
-    def step(self, seed=0):
-        return fpd.fpd_step(self.student, self.teacher, self.lift, self.vq.E, self.c, self.cfg, gen(seed))
+    def step(self, seed=0, bank=None):
+        return fpd.fpd_step(self.student, self.teacher, self.lift, self.vq.E, self.c, self.cfg, gen(seed), bank)
 
 
 @pytest.mark.parametrize("settings", [{}, dict(estimator="soft"), dict(affinity="apart"), dict(self_negative=True),
@@ -444,6 +444,21 @@ def test_every_setting_of_the_method_reaches_its_place():
     hidden = (system.teacher.seen[0] == K).sum(1)
     assert hidden.min() >= 8 and hidden.max() <= 10
     assert (system.teacher.seen[1] == K).all()
+
+
+def test_a_bank_gives_the_drafts_with_nothing_left_samples_of_their_class_each_one_once():
+    system, bank = System(far=0.75), fpd.Bank(CLASSES, 5, L)
+    bank.z.copy_(torch.arange(CLASSES * 5).view(CLASSES, 5, 1) % K)
+    for seed in range(5):
+        picked = bank.draw(system.c, 4, gen(seed))                               # (8, L); the labels are 0 0 0 0 2 2 2 2
+        samples = [{int((bank.z[k] == z).all(-1).int().argmax()) for z in picked[rows]} for k, rows in ((0, slice(4)), (2, slice(4, 8)))]
+        assert all(len(of_class) == 4 for of_class in samples)
+        assert all((bank.z[k] == z).all(-1).any() for k, z in zip(system.c, picked))
+    system.teacher = Recorder(system.teacher)
+    assert system.step(bank=bank)[0].isfinite()
+    assert [len(z) for z in system.teacher.seen] == [4]                          # one guided pass for 2 of 8 drafts; the sampler is not asked
+    z_ref = (system.lift.seen[0][:, :, None] == system.vq.E).all(-1).float().argmax(-1)
+    assert sum(bool((bank.z[k] == z).all(-1).any()) for k, z in zip(system.c, z_ref)) >= 6
 
 
 def test_the_four_forms_of_the_drift_and_the_grouping_are_different_losses():
