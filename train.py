@@ -65,7 +65,7 @@ class Config:
     prepare_seed: int = 0             # of tokenizer, Phi, judge and teacher: runs with other --seed share them, as they would official ones
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 2600         # MaskGIT, batch 64
+    teacher_steps: int = 1800         # MaskGIT, batch 64
     # official networks of imagenet and laion: a file, else weights/, else the hub
     tokenizer_weights: str = ""       # VQGAN, TA-TiTok
     teacher_weights: str = ""         # MaskGIT, MaskGen
@@ -120,7 +120,7 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.85, temperature=0.45, far=0.75, refine_steps=16, bank=64, own_target=False, pull=True, crowd=1.5,
+             draft_temperature=0.85, temperature=0.3, far=0.75, refine_steps=16, bank=64, own_target=False, pull=True, crowd=1.5,
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 2000 captions
 # where shapes has 24 classes, each met once or twice: more of them in a batch, a lower learning rate and more steps
