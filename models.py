@@ -228,6 +228,10 @@ class MaskGen(nn.Module):
             if isinstance(module, AdaptiveNorm):                                 # gates of 0: every block begins as the identity
                 nn.init.zeros_(module.linear.weight)
 
+    def text_parameters(self):
+        """The weights that read the text: its projections, and its stream through the blocks."""
+        return [p for name, p in self.named_parameters() if any(part in name for part in ("text_embed", "pooled", "add_", "context"))]
+
     def forward(self, z, c, drop=None):
         rows, W = self.empty.shape
         if z.shape[1] != self.L:

@@ -65,7 +65,7 @@ class Config:
     prepare_seed: int = 0             # of tokenizer, Phi, judge and teacher: runs with other --seed share them, as they would official ones
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 1800         # MaskGIT, batch 64
+    teacher_steps: int = 2600         # MaskGIT, batch 64
     # official networks of imagenet and laion: a file, else weights/, else the hub
     tokenizer_weights: str = ""       # VQGAN, TA-TiTok
     teacher_weights: str = ""         # MaskGIT, MaskGen
@@ -98,6 +98,7 @@ class Config:
     crowd: float = 1.0                # ... and the weight of the drift beside that force
     self_negative: bool = False       # is a draft among its own negatives? (Eq. 6)
     per_class: int = 16               # drafts of one class in a batch; only these are compared with each other
+    freeze_text: bool = False         # with captions: the student reads the text as the teacher does, and learns the rest
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
     gan_weight: float = 0.0           # lambda of Sec. 3.4: the GAN's gradient at the decoded image, relative to the drift's; 0: no GAN
     gan_start: int = 0                # steps without the GAN's gradient at first; the discriminator learns from the beginning
@@ -122,10 +123,10 @@ class Config:
 SMALL = dict(lr=6e-4, batch=64, steps=300, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
              draft_temperature=0.85, temperature=0.3, far=0.75, refine_steps=16, bank=64, own_target=False, pull=True, crowd=1.5,
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
-# Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 2000 captions
-# where shapes has 24 classes, each met once or twice: more of them in a batch, a lower learning rate and more steps
-SCENES = {**SMALL, "teacher_steps": 1600, "steps": 400, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.2,
-          "refine_steps": 8, "bank": 0, "crowd": 0.5, "teacher_cfg": 3.0}
+# Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 12,000 captions
+# where shapes has 24 classes, most of them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
+SCENES = {**SMALL, "teacher_steps": 1600, "steps": 500, "lr": 4e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7, "far": 0.4,
+          "refine_steps": 4, "bank": 0, "crowd": 1.0, "teacher_cfg": 3.0, "freeze_text": True}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
 # ... and in the small worlds. Their teachers learn without label smoothing. SDTT: its last round, the one that counts, needs a learning rate;
@@ -220,6 +221,7 @@ def check(cfg):
     want(cfg.bank >= 0, f"--bank should not be negative, got {cfg.bank}")
     want(not cfg.bank or cfg.dataset in ("shapes", "folder"), "--bank goes with --dataset shapes or folder: it holds samples of every class")
     want(not cfg.bank or cfg.bank >= cfg.per_class, f"--bank should be 0 or at least --per-class {cfg.per_class}, got {cfg.bank}")
+    want(cfg.dataset in ("scenes", "laion") or not cfg.freeze_text, "--freeze-text goes with captions: --dataset scenes or laion")
     want(cfg.dataset == "shapes" or not cfg.anywhere, "--anywhere goes with --dataset shapes")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
     want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
@@ -591,6 +593,8 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     """
     rank, _ = sample.ranks()
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
+    for p in student.text_parameters() if cfg.freeze_text else ():
+        p.requires_grad_(False)
     ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count

@@ -104,6 +104,7 @@ WRONG = [
     ("train.py --smoke --warmup -1", "--warmup should not be negative"), ("train.py --smoke --far 2", "--far is a share"),
     ("train.py --smoke --bank -1", "--bank should not be negative"), ("train.py --smoke --bank 8", "at least --per-class 16"),
     ("train.py --smoke --dataset scenes --bank 64", "--bank goes with --dataset shapes or folder"),
+    ("train.py --smoke --freeze-text", "--freeze-text goes with captions"),
     ("train.py --smoke --ema 1.5", "--ema is a share"), ("train.py --smoke --decay -1", "--decay is a share"),
     ("train.py --smoke --refine-steps 65", "--refine-steps should be between 1 and 64"),
     ("train.py --smoke --draft teacher", "--draft should be one of student, random"),

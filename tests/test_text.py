@@ -60,6 +60,18 @@ def test_smoke_run_of_scenes_leaves_everything_and_says_that_it_learnt_nothing(s
     assert names == tokenizer.world(train.parse(["--dataset", "scenes", "--smoke"]), "test")[1][:12]
 
 
+def test_a_student_of_scenes_reads_the_text_as_its_teacher_does(scenes, monkeypatch):
+    """--freeze-text, its default: only what draws is trained."""
+    monkeypatch.chdir(scenes[0])
+    run = sample.load_run(scenes[0] / "runs" / "scenes-smoke", "cpu")
+    teacher, student = (dict(net.named_parameters()) for net in (run.teacher, run.student))
+    same = {name for name in teacher if torch.equal(teacher[name], student[name])}
+    text = {name for name, p in teacher.items() if any(p is q for q in run.teacher.text_parameters())}
+    assert text <= same and {name.split(".")[0] for name in text} == {"text_embed_proj", "cond_pooled_proj", "blocks"}
+    assert not any(part in name for name in teacher.keys() - text for part in ("text", "context"))
+    assert {"embeddings.weight", "pos_embed", "blocks.0.attn.to_q.weight", "blocks.0.ff.net.2.weight"} <= teacher.keys() - same
+
+
 def test_smoke_run_of_laion_leaves_everything(laion):
     folder, done = laion
     run = folder / "runs" / "laion-smoke"
