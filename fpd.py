@@ -18,7 +18,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -309,7 +308,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator, bank=None):
         z_masked, is_masked = remask(source, r, K, generator)                    # M_r
         z_ref = torch.empty_like(z_hat)
         z_ref[near] = refine(teacher, z_masked[near], c[near], cfg.teacher_cfg, generator)   # T_phi^r, (B, L)
-        if bank is not None:
+        if len(far) and bank:
             z_ref[far] = bank.draw(c, cfg.per_class, generator)[far]
         elif len(far):                                                           # from nothing, one pass would be junk
             z_ref[far] = sample_teacher(teacher, c[far], cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
@@ -428,8 +427,8 @@ def gan_step(discriminator, opt, images, real, seen, generator):
 
 class Gan:
     """The discriminator, its optimiser and its real images (Sec. 3.4). Nothing else in the distillation sees a real image."""
-    def __init__(self, cfg, parts, device):
-        self.size = parts.tokenizer.image_size
+    def __init__(self, cfg, parts, device, processes=1):
+        self.size, self.processes = parts.tokenizer.image_size, processes
         torch.manual_seed(cfg.seed)                                              # of what is random in the discriminator
         if hasattr(parts, "real_files"):                                         # official networks: read when they are needed
             self.images = parts.real_files
@@ -452,7 +451,7 @@ class Gan:
         The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then means the same for every network.
         """
         gan, logs = gan_step(self.discriminator, self.opt, images, self.real(len(images), generator).to(images), self.seen, generator)
-        batch = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)      # every process's drafts teach the same discriminator
+        batch = len(images) * self.processes                                     # every process's drafts teach the same discriminator
         self.seen += batch
         share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12) if self.seen > self.start * batch else 0.0
         logs["gan_scale"] = torch.as_tensor(share)                               # lambda as it stands in the paper's sum

@@ -270,6 +270,7 @@ def write_whole(path, write):
 
 
 def write_json(path, content):
+    """What JSON can hold, whole or not at all."""
     write_whole(path, lambda new: new.write_text(json.dumps(content, indent=1)))
 
 

@@ -263,7 +263,7 @@ def world_captions(cfg, split):
 def world_names(cfg):
     """The names of the world's classes; of scenes, two captions of each kind."""
     if cfg.dataset == "scenes":
-        return scene_captions(12, split_seed(cfg, "test"))                      # the first of that split
+        return world_captions(cfg, "test")[:12]
     return shapes_names() if cfg.dataset == "shapes" else folder_classes(cfg.data)[0]
 
 

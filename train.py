@@ -394,6 +394,11 @@ def train_teacher(cfg, device, vq, text, training):
     return teacher, args
 
 
+def check_refine_steps(cfg, teacher):
+    if cfg.far and cfg.refine_steps > teacher.L:
+        raise ValueError(f"--refine-steps should be between 1 and {teacher.L}, the tokens of an image, got {cfg.refine_steps}")
+
+
 @torch.no_grad()
 def fill_bank(cfg, device, teacher, num_classes, training):
     """The Bank's samples, by the teacher's own sampler. (Made in one go: a minute's work.)"""
@@ -423,6 +428,7 @@ def load_official(cfg, device):
     parts.files = {part: str(path.absolute()) for part, path in files.items()}
     sample.load_official(parts, cfg.dataset, files, device)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
+    check_refine_steps(cfg, parts.teacher)
     if parts.captions:
         sample.tell_cut(parts.text, parts.captions)
     parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
@@ -480,11 +486,10 @@ def prepare(cfg, device):
             cached("judge", partial(train_classifier, cfg, device, "judge", 24), steps=cfg.classifier_steps)
         cached("teacher", partial(train_teacher, cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps,
                tokenizer=files["tokenizer"], text=files.get("text"))
-        if cfg.far and cfg.refine_steps > parts.teacher.L:
-            raise ValueError(f"--refine-steps should be between 1 and {parts.teacher.L}, the tokens of an image, got {cfg.refine_steps}")
-        if cfg.bank and cfg.far and cfg.method == "fpd":
-            cached("bank", partial(fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
-                   guidance=cfg.guidance, noise=cfg.confidence_noise, teacher=files["teacher"])
+    check_refine_steps(cfg, parts.teacher)
+    if cfg.bank and cfg.far and cfg.method == "fpd":
+        cached("bank", partial(fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
+               guidance=cfg.guidance, noise=cfg.confidence_noise, teacher=files["teacher"])
     sample.set_text(parts.text, parts.teacher)
     return parts
 
@@ -591,7 +596,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
 
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
-    rank, _ = sample.ranks()
+    rank, n_ranks = sample.ranks()
     student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
     for p in student.text_parameters() if cfg.freeze_text else ():
         p.requires_grad_(False)
@@ -601,7 +606,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
     lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, sample.versions()
     c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
-    gan = fpd.Gan(cfg, parts, device) if cfg.gan_weight else None
+    gan = fpd.Gan(cfg, parts, device, n_ranks) if cfg.gan_weight else None
     other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
         print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")

@@ -107,6 +107,7 @@ WRONG = [
     ("train.py --smoke --freeze-text", "--freeze-text goes with captions"),
     ("train.py --smoke --ema 1.5", "--ema is a share"), ("train.py --smoke --decay -1", "--decay is a share"),
     ("train.py --smoke --refine-steps 65", "--refine-steps should be between 1 and 64"),
+    ("train.py --smoke --dataset imagenet --far 0.5 --refine-steps 65", "--refine-steps should be between 1 and 64"),
     ("train.py --smoke --draft teacher", "--draft should be one of student, random"),
     ("train.py --smoke --space token", "--space should be one of feature, pixel"),
     ("train.py --smoke --grid 0", "--grid should be between 1 and 32"), ("train.py --smoke --grid 33", "--grid should be between 1 and 32"),

@@ -130,8 +130,7 @@ def test_twenty_kills_at_random_moments_cost_nothing_that_was_saved(tmp_path):
         (tmp_path / str(seed)).mkdir()
         two.append(subprocess.Popen([sys.executable, __file__, tmp_path / str(seed), str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                     text=True))
-    for process in two:
-        out, errors = process.communicate()
+    for process, (out, errors) in [(process, process.communicate()) for process in two]:
         assert process.returncode == 0, errors[-3000:]
         found.append(json.loads(out))
     assert sum(f["killed"] for f in found) == 20 and sum(len(f["went_on"]) for f in found) >= 5
