@@ -234,8 +234,10 @@ class Lift:
 
     def maps(self, images):
         grid, X = self.cfg.grid, []
-        if self.cfg.space == "pixel":                                            # Table 4a: the pixels of each position, nothing learned
-            return [F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2)]
+        if self.cfg.space != "feature":                                          # Table 4a: the pixels of each position, nothing learned
+            X.append(F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2))
+        if self.cfg.space == "pixel":
+            return X
         maps = self.phi.maps(images)
         if isinstance(self.phi, ConvNet):                                        # a Backbone chooses its blocks itself
             maps = [maps[block] for block in self.cfg.blocks]

@@ -71,9 +71,9 @@ class MaskGIT(nn.Module):
                                                                PreNorm(width, MLP(width, mlp, dropout))]) for _ in range(depth))
         self.last_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-12), nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(),
                                         nn.LayerNorm(width, eps=1e-12))
-        for p in self.parameters():
-            if p.ndim > 1 and p is not self.bias:
-                nn.init.trunc_normal_(p, std=0.02)
+        for p in self.parameters():                                              # officially 0.02 everywhere, which at small widths is a slow
+            if p.ndim > 1 and p is not self.bias:                                # start: now every layer keeps the variance (see README)
+                nn.init.normal_(p, std=0.02 if p is self.pos_emb or p is self.tok_emb.weight else p.shape[1] ** -0.5)
 
     def forward(self, z, labels, drop=None, mask_column=False):
         """mask_column=True also returns the logit of "mask" (B, L, K + 1): the official sampler's traces were drawn over it (tests)."""

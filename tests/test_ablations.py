@@ -66,6 +66,14 @@ def test_pixel_space_is_the_pixels_of_each_position(grid):
     assert all(p.grad.isfinite().all() for p in system.student.parameters())
 
 
+def test_both_spaces_are_the_pixels_and_the_features():
+    pixel, feature, both = (System(space=space) for space in ("pixel", "feature", "both"))
+    images = images_of(both)
+    expected = pixel.lift.features(images) + feature.lift.features(images)
+    assert [x.shape for x in expected] == [x.shape for x in both.lift.features(images)]
+    assert all(torch.equal(x, y) for x, y in zip(both.lift.features(images), expected))
+
+
 def test_blocks_are_picked_by_number():
     every, some = System(), System(blocks=(1, 3))
     whole, part = (system.lift.features(images_of(system)) for system in (every, some))
@@ -82,7 +90,7 @@ def test_a_grid_of_one_pools_the_positions():
         torch.testing.assert_close(x.mean(1, keepdim=True), y)
 
 
-@pytest.mark.parametrize("space", ["feature", "pixel"])
+@pytest.mark.parametrize("space", ["feature", "pixel", "both"])
 def test_chunks_change_neither_loss_nor_gradient(space):
     losses, gradients = [], []
     for chunk in (None, 3):

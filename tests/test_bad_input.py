@@ -109,7 +109,7 @@ WRONG = [
     ("train.py --smoke --refine-steps 65", "--refine-steps should be between 1 and 64"),
     ("train.py --smoke --dataset imagenet --far 0.5 --refine-steps 65", "--refine-steps should be between 1 and 64"),
     ("train.py --smoke --draft teacher", "--draft should be one of student, random"),
-    ("train.py --smoke --space token", "--space should be one of feature, pixel"),
+    ("train.py --smoke --space token", "--space should be one of feature, pixel, both"),
     ("train.py --smoke --grid 0", "--grid should be between 1 and 32"), ("train.py --smoke --grid 33", "--grid should be between 1 and 32"),
     ("train.py --smoke --blocks 2 5 8 11", "--blocks of the small Phi are 0 to 3"), ("train.py --gpus 999", "--gpus"),
     ("train.py --smoke --gan-weight -1", "--gan-weight should not be negative"),

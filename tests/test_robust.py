@@ -145,7 +145,7 @@ def test_ctrl_c_in_any_part_of_the_preparation_saves_and_the_same_command_goes_o
 
     def stopped(self, loss):
         update(self, loss)
-        if self.sched.last_epoch == 2 and self.part not in stops:
+        if self.scheds[0].last_epoch == 2 and self.part not in stops:
             stops.append(self.part)
             signal.raise_signal(signal.SIGINT)
 
@@ -163,17 +163,17 @@ def test_ctrl_c_in_any_part_of_the_preparation_saves_and_the_same_command_goes_o
 
 
 def toy(file, stop=None):
-    """A training that uses all there is: dropout (the global random state), a generator, a tensor. -> its state at the end"""
+    """A training that uses all there is: both optimisers, dropout (the global random state), a generator, a tensor. -> its state at the end"""
     torch.manual_seed(0)
     training, net = train.Training("toy", file, save_every=50), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
     generator, mean = torch.Generator().manual_seed(1), torch.zeros(4)
-    for step in training.steps(net, 12, 1e-2, clip=1.0, also=[mean, generator]):
+    for step in training.steps(net, 12, 1e-2, clip=1.0, also=[mean, generator], matrices=[net[0].weight]):
         x = torch.randn(8, 4, generator=generator)
         mean.lerp_(x.mean(0), 0.1)
         training.update((net(x) - mean).pow(2).mean())
         if step == stop:
             signal.raise_signal(signal.SIGINT)
-    return [net.state_dict(), training.opt.state_dict(), training.sched.state_dict(), mean, generator.get_state(), torch.get_rng_state()]
+    return [net.state_dict(), *(x.state_dict() for x in (*training.opts, *training.scheds)), mean, generator.get_state(), torch.get_rng_state()]
 
 
 def test_a_short_training_goes_on_to_the_same_state(tmp_path):
