@@ -125,7 +125,7 @@ SMALL = dict(lr=4e-4, batch=64, steps=320, warmup=20, decay=0.7, ema=0.985, guid
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 12,000 captions
 # where shapes has 24 classes, most of them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
-SCENES = {**SMALL, "teacher_steps": 1200, "steps": 800, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
+SCENES = {**SMALL, "teacher_steps": 1200, "steps": 700, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
           "temperature": 0.1, "far": 0.4, "refine_steps": 4, "bank": 0, "space": "feature", "crowd": 1.0, "teacher_cfg": 3.0, "freeze_text": True}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
