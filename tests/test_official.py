@@ -54,6 +54,13 @@ def test_maskgit_equals_the_official_network(name):
     assert cut.shape == (1, model.L, model.K)                          # without the column of "mask"
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_layer_begins_by_keeping_the_variance(width):
+    for name, p in models.MaskGIT(width=width, mlp=4 * width).named_parameters():
+        if p.ndim == 2 and name != "bias":
+            assert p.std().item() == pytest.approx(0.02 if name == "tok_emb.weight" else p.shape[1] ** -0.5, rel=0.05), name
+
+
 @pytest.mark.parametrize("name", ["sampler_trace", "sampler_trace_hot"])
 def test_sampler_repeats_the_official_trace(name, monkeypatch):
     """Step by step: the network's input and the guided logits; and the codes in the end. Official w is our s - 1, sm_temp multiplies."""

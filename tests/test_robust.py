@@ -176,6 +176,14 @@ def toy(file, stop=None):
     return [net.state_dict(), *(x.state_dict() for x in (*training.opts, *training.scheds)), mean, generator.get_state(), torch.get_rng_state()]
 
 
+def test_every_weight_has_one_optimiser(tmp_path):
+    net = torch.nn.Linear(4, 4)
+    training = train.Training("toy", tmp_path / "none", save_every=50)
+    next(training.steps(net, 1, 1e-2, matrices=[net.weight]))
+    adam, muon = ([p for group in opt.param_groups for p in group["params"]] for opt in training.opts)
+    assert len(adam) == len(muon) == 1 and adam[0] is net.bias and muon[0] is net.weight
+
+
 def test_a_short_training_goes_on_to_the_same_state(tmp_path):
     whole, file, before = toy(tmp_path / "none"), tmp_path / "toy.partial", signal.getsignal(signal.SIGINT)
     for stop in (4, 7):
