@@ -235,7 +235,8 @@ class Lift:
     def maps(self, images):
         grid, X = self.cfg.grid, []
         if self.cfg.space != "feature":                                          # Table 4a: the pixels of each position, nothing learned
-            X.append(F.unfold(images, images.shape[-1] // grid, stride=images.shape[-1] // grid).transpose(1, 2))
+            side = images.shape[-1] // grid                                      # what is left over at the far borders stays out
+            X.append(F.unfold(images[..., :grid * side, :grid * side], side, stride=side).transpose(1, 2))
         if self.cfg.space == "pixel":
             return X
         maps = self.phi.maps(images)

@@ -74,6 +74,13 @@ def test_both_spaces_are_the_pixels_and_the_features():
     assert all(torch.equal(x, y) for x, y in zip(both.lift.features(images), expected))
 
 
+def test_a_grid_that_does_not_divide_the_image_still_has_its_number_of_positions():
+    system = System(space="both", grid=6, pull=True)                             # of 16 pixels
+    assert {x.shape[1] for x in system.lift.features(images_of(system))} == {36}
+    loss, _, _ = system.step()
+    assert loss.isfinite()
+
+
 def test_blocks_are_picked_by_number():
     every, some = System(), System(blocks=(1, 3))
     whole, part = (system.lift.features(images_of(system)) for system in (every, some))
