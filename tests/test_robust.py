@@ -22,7 +22,7 @@ import sample
 import tokenizer
 import train
 
-# A run from nothing in seconds: tokenizer, Phi, judge, teacher, student
+# A run from nothing in seconds: tokenizer, Phi, judge, teacher, bank, student
 LINE = ("train.py --smoke --gpus 0 --tokenizer-steps 3 --classifier-steps 3 --teacher-steps 3 --steps 15 --batch 4 --per-class 2 "
         "--refine-steps 1 --bank 4 --sample-every 99 --save-every 1")
 
