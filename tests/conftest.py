@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import zlib
 from collections import OrderedDict
@@ -28,10 +29,62 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+BESIDE, REPORTS = pytest.StashKey(), "FPD_TESTS_REPORTS"               # the second process; in its environment: the file for its reports
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes many seconds; leave out with -m 'not slow'")
+    if REPORTS in os.environ:
+        config.pluginmanager.register(Recorder(config))
+
+
+# ------------------------------------------------------------------------------------------------ slow tests, in a process of their own
+# Most of the time is a single thread's, so two processes of one thread each are faster than one of two. What the second one finds is
+# reported by the first, after its own tests, as if it had run them.
+class Recorder:
+    """In the second process."""
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        with open(os.environ[REPORTS], "a") as file:
+            file.write(json.dumps(self.config.hook.pytest_report_to_serializable(config=self.config, report=report)) + "\n")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if REPORTS in os.environ or config.option.collectonly or config.option.usepdb or not 0 < len(slow) < len(items):
+        return
+    items[:] = [item for item in items if item not in slow] + slow
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"                                # for what tests start, too
+    reports = Path(tempfile.mkdtemp()) / "reports.jsonl"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(item.nodeid for item in slow)]
+    config.stash[BESIDE] = reports, subprocess.Popen(words, cwd=config.rootpath, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                                     env={**os.environ, REPORTS: str(reports)})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    if BESIDE not in item.config.stash or not item.get_closest_marker("slow"):
+        return None
+    reports, process = item.config.stash[BESIDE]
+    process.wait()
+    lines = [json.loads(line) for line in reports.read_text().splitlines()] if reports.exists() else []
+    found = [item.config.hook.pytest_report_from_serializable(config=item.config, data=line) for line in lines if line["nodeid"] == item.nodeid]
+    if not found or found[-1].when != "teardown":
+        return None                                                    # the second process did not come to its end: the test runs here
+    for report in found:
+        item.ihook.pytest_runtest_logreport(report=report)
+    return True
+
+
+def pytest_unconfigure(config):
+    if BESIDE in config.stash:
+        reports, process = config.stash[BESIDE]
+        process.kill()
+        shutil.rmtree(reports.parent)
 
 
 def command_line(line):

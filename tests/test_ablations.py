@@ -328,6 +328,7 @@ def ablations(tmp_path_factory):
     return run, folder / "runs" / "ablations-shapes-smoke", stopped, finished
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_make_every_row_once(ablations):
     _, root, (stopped, steps), (finished, more) = ablations
     assert stopped.returncode == 130 and "Go on with: the same command" in stopped.stdout and finished.returncode == 0, finished.stderr[-2000:]
@@ -347,6 +348,7 @@ def test_ctrl_c_and_the_same_command_make_every_row_once(ablations):
         assert picture.height > 5 * 96                                           # one line of pictures a row
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept_and_a_lost_score_needs_no_training(ablations):
     run, root, _, _ = ablations
     scores = {path: path.read_text() for path in root.glob("*/*.json")}
@@ -358,6 +360,7 @@ def test_what_is_there_is_kept_and_a_lost_score_needs_no_training(ablations):
     assert json.loads(lost.read_text()) == json.loads(scores[lost]) | dict(seconds_per_step=None)        # nobody measured it
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_nothing_is_overwritten(ablations):
     run, root, _, _ = ablations
     before = {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")}

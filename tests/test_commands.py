@@ -91,6 +91,7 @@ def test_evaluate_prints_the_table_of_the_paper(smoke):
     assert [(row["model"], row["steps"]) for row in rows if row["steps"]] == [("teacher", t) for t in (16, 8, 4, 2, 1)] + [("student", 1)]
 
 
+@pytest.mark.slow
 def test_own_images_in_folders_train_too(tmp_path, monkeypatch):
     """Of all modes, turned by EXIF, of 16 bits; class names with spaces, or numbers."""
     exif = Image.Exif()

@@ -16,6 +16,7 @@ import fpd
 import sample
 import train
 
+pytestmark = pytest.mark.slow
 OTHER_SEED = 1_000_003                                                 # of rank 1, for --seed 0
 CASES = {"fpd": {}, "gan": dict(gan_weight=1.0), "dimo": dict(method="dimo"), "sdtt": dict(method="sdtt")}
 

@@ -35,7 +35,7 @@ def tiny():
 
 
 # ------------------------------------------------------------------------------------------------ the network
-@pytest.mark.parametrize("name", ["tiny", "tiny_no_micro_condition", "full_L"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_no_micro_condition", pytest.param("full_L", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_maskgen_equals_the_official_network(name):
     """Tolerance 2e-5: exact GELU instead of its tanh form changes the logits of `tiny` by 9e-4, epsilon 1e-5 by 1e-3, float64 by 8e-6."""

@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ MaskGIT
-@pytest.mark.parametrize("name", ["tiny", "full256"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("full256", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_maskgit_equals_the_official_network(name):
     """Tolerance 5e-5: a wrong LayerNorm epsilon or GELU changes the logits by 5e-4, float32 against float64 by 3e-6."""
@@ -121,7 +121,7 @@ def test_training_mask_equals_the_official_one(case):
 
 
 # ------------------------------------------------------------------------------------------------ VQGAN
-@pytest.mark.parametrize("name", ["tiny", "full_f16_1024"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("full_f16_1024", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_vqgan_equals_the_official_network(name):
     """Tolerance 5e-5: a wrong epsilon in the group norms changes the image by 2e-4. Every nearest code must be the same."""

@@ -1,4 +1,5 @@
 """Hard to break: runs that are killed, stopped, out of disk or no longer finite lose nothing that was saved. Started as a script, it kills."""
+import functools
 import itertools
 import json
 import math
@@ -27,16 +28,23 @@ LINE = ("train.py --smoke --gpus 0 --tokenizer-steps 3 --classifier-steps 3 --te
         "--refine-steps 1 --bank 4 --sample-every 99 --save-every 1")
 
 
+@functools.cache
+def few_images(dataset, split, world=tokenizer.world):
+    """Drawn once for all runs, which takes a second."""
+    return tuple(x[:72] for x in world(train.Config(dataset=dataset, smoke=True), split))
+
+
 def shrink(patch):
     """A world of few images, tiny networks, and no report: what is tested comes before it."""
     def small(cls, **sizes):
         return type(cls.__name__, (cls,), {"__init__": lambda self, **args: cls.__init__(self, **{**args, **sizes})})
-    world, classifier, vqgan = tokenizer.world, train.train_classifier, small(tokenizer.VQGAN, ch=8)
-    maskgit = small(train.MaskGIT, width=16, depth=1, heads=2, mlp=32)
-    patch.setattr(tokenizer, "world", lambda cfg, split: tuple(x[:72] for x in world(cfg, split)))
+    classifier, vqgan = train.train_classifier, small(tokenizer.VQGAN, ch=8)
+    maskgit, maskgen = small(train.MaskGIT, width=16, depth=1, heads=2, mlp=32), small(train.MaskGen, width=16, depth=1, heads=2)
+    patch.setattr(tokenizer, "world", lambda cfg, split: few_images(cfg.dataset, split))
     patch.setattr(tokenizer, "VQGAN", vqgan)
     patch.setattr(train, "MaskGIT", maskgit)
-    patch.setattr(sample, "PARTS", (vqgan, train.ConvNet, maskgit, fpd.Bank))
+    patch.setattr(train, "MaskGen", maskgen)
+    patch.setattr(sample, "PARTS", (vqgan, train.ConvNet, maskgit, maskgen, train.Words, fpd.Bank))
     patch.setattr(train, "train_classifier", lambda cfg, device, split, width, training: classifier(cfg, device, split, 4, training))
     patch.setattr(evaluate, "report", lambda *args, **kwargs: None)
 
@@ -84,6 +92,8 @@ def kill(folder, seed, n=10):
     """Kill a run n times, and say of what it went on: one JSON line. A run that ends before its time is compared, and the next begins."""
     shrink(pytest.MonkeyPatch())
     torch.set_num_threads(1)
+    for split in ("train", "phi", "judge", "test"):
+        few_images("shapes", split)                                    # before the processes fork
     random_moment = random.Random(seed)
     for name in ("whole", "killed"):
         (folder / name).mkdir()
@@ -122,6 +132,7 @@ def kill(folder, seed, n=10):
     print(json.dumps(dict(killed=killed, went_on=went_on)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_twenty_kills_at_random_moments_cost_nothing_that_was_saved(tmp_path):
     """All preparation and the distillation: each goes on after its last save, and the result is that of the run that was left alone."""
@@ -137,11 +148,13 @@ def test_twenty_kills_at_random_moments_cost_nothing_that_was_saved(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ Ctrl-C
-def test_ctrl_c_in_any_part_of_the_preparation_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dataset, parts", [("shapes", ["tokenizer", "phi", "judge", "teacher"]), ("scenes", ["tokenizer", "phi", "teacher"])])
+def test_ctrl_c_in_any_part_of_the_preparation_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, dataset, parts):
     """k steps, stop, k steps are 2k steps: in the tokenizer, Phi, the judge and the teacher."""
     shrink(monkeypatch)
     stops, update = [], train.Training.update
-    line = LINE.replace("--steps 15", "--steps 2").replace("-steps 3", "-steps 4").replace("--save-every 1", "--save-every 50") + " --name run"
+    line = LINE.replace("--steps 15", "--steps 2").replace("-steps 3", "-steps 4").replace("--save-every 1", "--save-every 50")
+    line = line.replace("--bank 4", {"shapes": "--bank 4", "scenes": "--bank 0"}[dataset]) + f" --name run --dataset {dataset}"
 
     def stopped(self, loss):
         update(self, loss)
@@ -153,12 +166,12 @@ def test_ctrl_c_in_any_part_of_the_preparation_saves_and_the_same_command_goes_o
         (tmp_path / name).mkdir()
     assert in_process(line, tmp_path / "whole").returncode == 0
     monkeypatch.setattr(train.Training, "update", stopped)
-    for part in ("tokenizer", "phi", "judge", "teacher"):
+    for part in parts:
         done = in_process(line, tmp_path / "halves")
         assert done.returncode == 130 and f"saved after step 2 of the {part}. Go on with the same command" in done.stdout, done.stderr[-2000:]
         assert not (tmp_path / "halves" / "runs" / "run").exists()
     done = in_process(line, tmp_path / "halves")
-    assert done.returncode == 0 and stops == ["tokenizer", "phi", "judge", "teacher"]
+    assert done.returncode == 0 and stops == parts
     assert same_runs(tmp_path / "whole" / "runs" / "run", tmp_path / "halves" / "runs" / "run")
 
 

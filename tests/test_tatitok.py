@@ -27,7 +27,7 @@ def tiny():
 
 
 # ------------------------------------------------------------------------------------------------ the official network
-@pytest.mark.parametrize("name", ["tiny", "tiny_l2norm", "full_bl128"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_l2norm", pytest.param("full_bl128", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_tatitok_equals_the_official_network(name):
     """Tolerance 5e-5, in the official [0, 1]: a wrong LayerNorm epsilon or GELU changes the image by 7e-4 or more, float32 against
