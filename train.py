@@ -121,12 +121,12 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=4e-4, batch=64, steps=320, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.5, temperature=0.3, far=0.75, refine_steps=16, bank=64, space="both", own_target=False, pull=True, crowd=1.5,
+             draft_temperature=0.35, temperature=0.1, far=0.75, refine_steps=16, bank=64, space="both", own_target=False, pull=True, crowd=1.5,
              bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 12,000 captions
 # where shapes has 24 classes, most of them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
-SCENES = {**SMALL, "teacher_steps": 1200, "steps": 700, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
-          "temperature": 0.1, "far": 0.4, "refine_steps": 4, "bank": 0, "space": "feature", "crowd": 1.0, "teacher_cfg": 3.0, "freeze_text": True}
+SCENES = {**SMALL, "teacher_steps": 1200, "steps": 1000, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
+          "far": 0.4, "refine_steps": 4, "bank": 0, "space": "feature", "crowd": 1.0, "teacher_cfg": 3.0, "freeze_text": True}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
 # ... and in the small worlds. Their teachers learn without label smoothing. SDTT: its last round, the one that counts, needs a learning rate;
@@ -183,7 +183,9 @@ def parse(argv=None):
     else:
         of_dataset = {"imagenet": {}, "laion": LAION, "scenes": SCENES}.get(typed.get("dataset"), SMALL)
         of_method = METHODS if typed.get("dataset") in sample.OFFICIAL else SMALL_METHODS
-        settings = {**of_dataset, **of_method.get(typed.get("method"), {}), **(SMOKE if typed.get("smoke") else {})}
+        settings = {**of_dataset, **of_method.get(typed.get("method"), {})}
+        if typed.get("smoke"):
+            settings |= {**SMOKE, "bank": min(16, settings.get("bank", 0))}      # where there is one: no larger than a batch asks for
     cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
