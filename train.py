@@ -122,7 +122,7 @@ class Config:
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=4e-4, batch=64, steps=320, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
              draft_temperature=0.35, temperature=0.1, far=0.75, refine_steps=16, bank=64, space="both", own_target=False, pull=True, crowd=1.5,
-             bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=50, save_every=50)
+             bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 12,000 captions
 # where shapes has 24 classes, most of them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
 SCENES = {**SMALL, "teacher_steps": 1200, "steps": 1000, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
