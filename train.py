@@ -537,7 +537,7 @@ def memory(student, parts, cfg, half, c):
         def pack(t):
             if t.untyped_storage().data_ptr() not in counted:
                 storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+            return t.detach()                                                    # t may be what the graph node made: a cycle, never freed
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
             alive = forward(B)                                                   # else memory would be freed, and counted twice
         del alive

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -99,6 +100,16 @@ def test_the_estimate_of_memory_counts_weights_and_images():
     assert estimate(lift_chunk=2) == estimate() and estimate(batch=8, lift_chunk=2) < estimate(batch=8)
     without, parts.text = estimate(), torch.nn.Linear(999, 1000)                 # any text encoder: its weights count, too
     assert estimate() - without == pytest.approx(4e6 / 1e9, rel=1e-6)
+
+
+def test_the_estimate_of_memory_keeps_none():
+    parts = train.types.SimpleNamespace(tokenizer=tokenizer.VQGAN().requires_grad_(False), phi=models.ConvNet(3).requires_grad_(False),
+                                        teacher=models.MaskGIT(num_classes=3), text=None)
+    student, made = models.MaskGIT(num_classes=3), []
+    for module in student.modules():
+        module.register_forward_hook(lambda module, args, out: made.append(weakref.ref(out if torch.is_tensor(out) else out[0])))
+    train.memory(student, parts, train.parse([]), torch.autocast("cpu", torch.bfloat16, enabled=False), torch.tensor([0, 1]))
+    assert len(made) > 30 and not any(tensor() is not None for tensor in made)
 
 
 # ------------------------------------------------------------------------------------------------ official files
