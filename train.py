@@ -185,7 +185,9 @@ def parse(argv=None):
         of_method = METHODS if typed.get("dataset") in sample.OFFICIAL else SMALL_METHODS
         settings = {**of_dataset, **of_method.get(typed.get("method"), {})}
         if typed.get("smoke"):
-            settings |= {**SMOKE, "bank": min(16, settings.get("bank", 0))}      # where there is one: no larger than a batch asks for
+            settings |= SMOKE
+            if settings.get("bank"):                                             # no larger than a batch asks for
+                settings["bank"] = typed.get("per_class", Config.per_class)
     cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
