@@ -12,7 +12,6 @@ One class each for the small worlds and for the official networks: an official f
 import math
 import re
 from collections import OrderedDict
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -624,95 +623,12 @@ def load_discriminator(weights=None, image_size=256, device="cpu"):
         src = (weights or {}).get(cls.part)
         src = find_backbone(cls.name, part=cls.part) if src is None else src
         model, what = cls(), f"the discriminator's {cls.name}"
-        counters = {key: value for key, value in model.net.state_dict().items() if key.endswith("num_batches_tracked")}    # of no use here
-        load_strictly(model.net, counters | read_weights(src, what), source_name(src, what), ignore_prefix=cls.unused)
+        load_strictly(model.net, read_weights(src, what), source_name(src, what), ignore_prefix=cls.unused)
         networks[cls.name] = model.to(device)
     return Discriminator(networks, image_size).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ the FID Inception (Szegedy et al. 2015)
-# Google's network of 2015-12-05 as ported to PyTorch, under its key names. Every mixed block is a list of branches, which all see its
-# input and whose outputs are concatenated; a branch is a list of steps: a pool, a convolution (name, channels, kernel, stride = 1), or
-# a list of two convolutions with the same input, concatenated as well.
-pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)      # TensorFlow averages without the padding
-pool_7c = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)            # a slip of the original in its last block, now part of FID
-shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
-
-
-def block_a(width):
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            [pool, ("branch_pool", width, 1)]]
-
-
-def block_c(c):
-    row, column = (1, 7), (7, 1)
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", c, 1), ("branch7x7_2", c, row), ("branch7x7_3", 192, column)],
-            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, column), ("branch7x7dbl_3", c, row), ("branch7x7dbl_4", c, column),
-             ("branch7x7dbl_5", 192, row)],
-            [pool, ("branch_pool", 192, 1)]]
-
-
-def block_e(pool):
-    row, column = (1, 3), (3, 1)
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column)]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), [("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)]],
-            [pool, ("branch_pool", 192, 1)]]
-
-
-BLOCKS = {                                                                     # output: channels, side
-    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64),                 # 256, 288, 288 x 35
-    "Mixed_6a": [[("branch3x3", 384, 3, 2)], [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
-                 [shrink]],                                                                    # 768 x 17
-    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),    # 768 x 17
-    "Mixed_7a": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)],
-                 [shrink]],                                                                    # 1280 x 8
-    "Mixed_7b": block_e(pool), "Mixed_7c": block_e(pool_7c)}                                   # 2048 x 8
-
-
-class Conv(nn.Module):
-    """Convolution without bias, BatchNorm, ReLU. padding=None: "same" with stride 1, none with stride 2."""
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
-        super().__init__()
-        padding = ("same" if stride == 1 else 0) if padding is None else padding
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)                              # eps is not torch's default
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Block(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, h', w'), from a table like those above."""
-    def __init__(self, c_in, branches):
-        super().__init__()
-        self.branches, self.c_out = [], 0
-        for branch in branches:
-            steps, c = [], c_in                                                # c: channels on the way along the branch
-            for step in branch:
-                if not callable(step):
-                    convs = step if isinstance(step, list) else [step]
-                    for name, *shape in convs:
-                        self.add_module(name, Conv(c, *shape))
-                    step, c = [name for name, *_ in convs], sum(channels for _, channels, *_ in convs)
-                steps.append(step)
-            self.branches.append(steps)
-            self.c_out += c
-
-    def forward(self, x):
-        outputs = []
-        for steps in self.branches:
-            y = x
-            for step in steps:
-                y = step(y) if callable(step) else torch.cat([getattr(self, name)(y) for name in step], 1)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
-
-
 def resize_tensorflow1(x, size):
     """Bilinear, source coordinate = i * in / out without the half pixel, no antialiasing. (B, C, H, W) float -> (B, C, size, size)."""
     def neighbours(n):
@@ -726,7 +642,7 @@ def resize_tensorflow1(x, size):
 
 
 class Inception(nn.Module):
-    """The feature network of FID and of the Inception Score, eval mode only.
+    """The feature network of FID and of the Inception Score, Google's of 2015-12-05: timm's Inception-v3 but for how two kinds of blocks pool.
 
     forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). The two paths are not interchangeable:
     path "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
@@ -734,40 +650,40 @@ class Inception(nn.Module):
     """
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, stride=2), Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, padding=0)
-        c = 192
-        for name, branches in BLOCKS.items():
-            self.add_module(name, Block(c, branches))
-            c = getattr(self, name).c_out
-        self.fc = nn.Linear(c, 1008)
+        self.net = import_timm().create_model("inception_v3", num_classes=1008)
 
     @torch.no_grad()
     def forward(self, images, path="pytorch-fid"):
         if images.dtype != torch.uint8:
             raise ValueError(f"Inception wants uint8 images: rounding to 8 bits is part of the score; got {images.dtype}")
-        x = images.to(self.fc.weight.device).float()
+        x = images.to(self.net.fc.weight.device).float()
         if path == "pytorch-fid":
             x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
         elif path == "legacy":
             x = (resize_tensorflow1(x, 299) - 128) / 128
         else:
             raise ValueError(f"path should be 'pytorch-fid' or 'legacy', got {path!r}")
-        x = shrink(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))              # (B, 64, 73, 73)
-        x = shrink(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                  # (B, 192, 35, 35)
-        for name in BLOCKS:
-            x = getattr(self, name)(x)
-        features = x.mean((2, 3))                                              # (B, 2048)
-        return features, F.linear(features, self.fc.weight, self.fc.bias if path == "pytorch-fid" else None)
+        for name, block in self.net.named_children():
+            if name == "global_pool":                                            # all that follows: features and logits
+                break
+            if not hasattr(block, "branch_pool"):
+                x = block(x)
+                continue
+            if name == "Mixed_7c":                                               # a slip of the original in its last block, now part of FID
+                pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+            else:                                                                # TensorFlow averages without the padding
+                pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            x = torch.cat([*block._forward(x)[:-1], block.branch_pool(pooled)], 1)             # the last branch is timm's own pooling
+        features = x.mean((2, 3))                                                # (B, 2048)
+        return features, F.linear(features, self.net.fc.weight, self.net.fc.bias if path == "pytorch-fid" else None)
 
 
 def load_inception(src):
     """The FID Inception, frozen, from pt_inception-2015-12-05-6726825d.pth (releases of mseitzer/pytorch-fid; torch-fidelity's is equal).
 
-    src: a path or a state dict; keys must match exactly, but num_batches_tracked may be absent. ValueError in one line otherwise.
+    src: a path or a state dict; keys must match exactly. ValueError in one line otherwise.
     """
     torch.backends.cudnn.allow_tf32 = False                                    # its 10 bits would move the score
     model, what = Inception(), "the FID Inception"
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}    # of no use here
-    return load_strictly(model, read_weights(src, what) | counters, source_name(src, what)).requires_grad_(False)
+    load_strictly(model.net, read_weights(src, what), source_name(src, what))
+    return model.eval().requires_grad_(False)

@@ -772,7 +772,7 @@ def count(state, key):
 
 
 def load_strictly(model, state, name, ignore_prefix=()):
-    """Fill a model from a state dict that has exactly its keys and shapes -> the model, in eval mode.
+    """Fill a model from a state dict that has exactly its keys and shapes -> the model, in eval mode. (BatchNorm's counters may be absent.)
 
     model           may be on the meta device: it is given memory once everything fits
     ignore_prefix   keys of the state dict that begin so are left out
@@ -780,6 +780,7 @@ def load_strictly(model, state, name, ignore_prefix=()):
     """
     own = model.state_dict()
     state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore_prefix))}
+    state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state     # of no use in eval mode
     faults = [f"key {key} is missing" for key in own if key not in state] + [f"key {key} is unknown" for key in state if key not in own]
     faults += [f"{key} has shape {tuple(state[key].shape)} instead of {tuple(value.shape)}" for key, value in own.items()
                if key in state and state[key].shape != value.shape]

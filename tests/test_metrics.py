@@ -176,7 +176,7 @@ def images(name):
 def test_inception_equals_pytorch_fid(inception, name):
     """Features, logits and the three maps on the way, at full size."""
     case, maps = load_case("inception_fid", "full"), {}
-    hooks = [getattr(inception, module).register_forward_pre_hook(lambda m, args, key=key: maps.update({key: args[0]}))
+    hooks = [getattr(inception.net, module).register_forward_pre_hook(lambda m, args, key=key: maps.update({key: args[0]}))
              for key, module in (("block0", "Conv2d_3b_1x1"), ("block1", "Mixed_5b"), ("block2", "Mixed_7a"))]
     features, logits = inception(images(name))
     for hook in hooks:
@@ -185,7 +185,7 @@ def test_inception_equals_pytorch_fid(inception, name):
         case.check(f"{key}_{name}", maps[key])
     case.check(f"pool3_{name}", features)
     case.check(f"logits_{name}", logits)
-    case.check(f"logits_unbiased_{name}", logits - inception.fc.bias)
+    case.check(f"logits_unbiased_{name}", logits - inception.net.fc.bias)
 
 
 @pytest.mark.parametrize("name", ["noise256", "blocks200x312"])
@@ -196,7 +196,7 @@ def test_inception_legacy_path_equals_torch_fidelity(inception, name):
     case.check(f"resized_{name}", models.resize_tensorflow1(images(name).float(), 299))
     case.check(f"pool3_{name}", features)
     case.check(f"logits_unbiased_{name}", logits)
-    case.check(f"logits_{name}", logits + inception.fc.bias)
+    case.check(f"logits_{name}", logits + inception.net.fc.bias)
 
 
 def test_inception_refuses_float_images_and_unknown_paths(inception):
@@ -207,13 +207,13 @@ def test_inception_refuses_float_images_and_unknown_paths(inception):
 
 
 def test_inception_loads_from_a_file_with_or_without_batch_counters(inception, weights, tmp_path):
-    assert len(load_case("inception_fid", "full").info["manifest"]) == len(inception.state_dict()) == 566
+    assert len(load_case("inception_fid", "full").info["manifest"]) == len(inception.net.state_dict()) == 566
     assert not inception.training and not any(p.requires_grad for p in inception.parameters())
     with_counters = weights | {key: torch.tensor(5) for key in load_case("inception_fid", "full").info["nonfloat_keys"]}
     for state in (weights, with_counters):
         torch.save(state, tmp_path / "inception.pth")
         loaded = evaluate.load_inception(tmp_path / "inception.pth")
-        assert torch.equal(loaded.fc.weight, weights["fc.weight"])
+        assert torch.equal(loaded.net.fc.weight, weights["fc.weight"])
 
 
 def test_a_wrong_weight_file_ends_in_one_clear_line(weights, tmp_path):
