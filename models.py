@@ -378,7 +378,7 @@ def load_text_encoder(weights=None):
     try:
         state = read_weights(weights, what)
     except ValueError as error:
-        if "__torch__" not in str(error):
+        if "TorchScript" not in str(error):
             raise
         raise ValueError(f"{source_name(weights, what)} is a TorchScript archive, such as OpenAI's ViT-L-14-336px.pt. Needed are the tensors "
                          f"alone: the file {CLIP_FILE} of repository {CLIP_REPO} (Hugging Face hub)") from None

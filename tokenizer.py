@@ -660,10 +660,8 @@ def read_weights(src, what):
 def read_file(path):
     """What a .safetensors or torch file holds. Other objects than tensors and containers come back as an Inert of their name."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file of weights")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}{' is a folder, not a file of weights' if path.is_dir() else ': no such file'}")
     is_zip = zipfile.is_zipfile(path)                                           # the format of torch.save since 1.6
     try:
         if path.suffix == ".safetensors":
@@ -671,20 +669,16 @@ def read_file(path):
             return load_file(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)    # mapped: optimizer states are never read
-        except Exception:
+        except pickle.UnpicklingError:                                          # a training checkpoint with objects of its own, as Lightning's?
             if not is_zip:
                 raise
-            return read_tensors(path)                                           # a training checkpoint with objects of its own
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=TensorsOnly)
     except OSError as error:
         reason = error
     except Exception as error:                                                  # a damaged file can make an unpickler raise anything
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-        if path.stat().st_size == 0:
-            reason = "it is empty"
-        elif not is_zip and path.suffix != ".safetensors":
-            with open(path, "rb") as file:
-                reason = ("it is cut short (a download that stopped?)" if file.read(2) == b"PK" else
-                          "it is no torch file, or one from before torch 1.6 that holds more than tensors")
+        if not is_zip and path.suffix != ".safetensors":
+            reason = "it is empty, cut short (a download that stopped?) or no torch file, or from before torch 1.6 with more than tensors in it"
     raise ValueError(f"{path} cannot be read as weights: {reason}")
 
 
@@ -705,48 +699,14 @@ class Table(dict):
         pass
 
 
-class TensorsOnly(pickle.Unpickler):
-    """Unpickler that knows tensors and OrderedDict. Any other global becomes a kind of Inert, so that nothing of the file is called."""
-    DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-              "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-              "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-
-    def __init__(self, file, read_bytes):
-        super().__init__(file)
-        self.read_bytes, self.storages = read_bytes, {}                         # key -> flat tensor; tensors may share one
-
-    def find_class(self, module, name):
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return Table
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda flat, offset, size, stride, *rest: flat.as_strided(size, stride, offset)     # checks the bounds
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *rest: data
-        return type(f"{module}.{name}", (Inert,), {})
-
-    def persistent_load(self, what):
-        kind, dtype, key, _, numel = what                                       # the fourth is the device it was on
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"a stored {kind} instead of numbers")
-        if key not in self.storages:
-            data = self.read_bytes(key)
-            if len(data) != numel * dtype.itemsize:
-                raise pickle.UnpicklingError(f"{len(data)} bytes where {numel} numbers of {dtype} should be")
-            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if numel else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-
-def read_tensors(path):
-    """A zip file of torch.save, read with TensorsOnly: Lightning's `last.ckpt`, whose classes need not exist here."""
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-        if len(pickles) != 1:
-            raise pickle.UnpicklingError("a zip file, but not of torch")
-        folder = pickles[0].removesuffix("data.pkl")
-        with archive.open(pickles[0]) as file:
-            return TensorsOnly(file, lambda key: archive.read(f"{folder}data/{key}")).load()
+class TensorsOnly:
+    """For torch.load, in place of the module pickle: it knows tensors and OrderedDict. Any other global becomes a kind of Inert, so that
+    nothing of the file is called: as safe as weights_only=True, which refuses such files as a whole."""
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+                return getattr(torch._utils, name)
+            return Table if (module, name) == ("collections", "OrderedDict") else type(f"{module}.{name}", (Inert,), {})
 
 
 def source_name(src, what):
