@@ -26,13 +26,13 @@ import numpy as np
 import scipy.linalg
 import scipy.ndimage
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from models import load_inception
-from sample import (OFFICIAL, Parser, batches, bench_sampling, check_seed, check_writable, generate, generators, load_models, model_arguments,
-                    run_command, sheet, shown, tell_cut, tokens, write_json, write_whole)
-from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, open_image, paint, parse_caption, to_float, to_uint8, world
+import fpd
+from models import INCEPTION, find_inception, load_inception
+from sample import (OFFICIAL, Parser, batches, bench_sampling, check_seed, check_writable, generate, geneval_images, load_models,
+                    model_arguments, run_command, sheet, shown, tell_cut, write_json)
+from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, read_image, to_float, to_uint8, world
 
 
 # ------------------------------------------------------------------------------------------------ the scores
@@ -153,7 +153,7 @@ def collect(images, extract, batch=50):
         chunks = images
     for chunk in chunks:
         if isinstance(chunk, list):
-            files, chunk = chunk, [read_png(file) for file in chunk]
+            files, chunk = chunk, [read_image(file) for file in chunk]
             if len({image.shape for image in chunk}) > 1:
                 raise ValueError(f"the images from {files[0]} on differ in size")
             chunk = torch.stack(chunk)
@@ -161,11 +161,6 @@ def collect(images, extract, batch=50):
         features.append(f.detach().float().cpu())
         logits.append(l.detach().float().cpu())
     return torch.cat(features).numpy(), torch.cat(logits).numpy()
-
-
-def read_png(path):
-    """File -> (3, H, W) uint8, never resized or cropped."""
-    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
 
 
 def reference(path, extract, batch=50):
@@ -378,35 +373,26 @@ def write_report(folder, protocol, rows, table, pictures, captions):
     return content
 
 
-# Columns of the tables: {key of a row: (its head, width)}
-TAG_COLUMNS = {tag: (tag, len(tag) + 2) for tag in (*TAGS, "overall")}
-JUDGE_COLUMNS = dict(fd=("FD", 9), inception_score=("IS", 7), precision=("prec.", 7), recall=("recall", 8), accuracy=("acc.", 7),
-                     spread=("spread", 8))
-FID_COLUMNS = dict(fid=("FID", 9), inception_score=("IS", 9), inception_score_std=("+-", 7), precision=("prec.", 7), recall=("recall", 8))
+# How keys are called at the head of a column, where not by themselves
+HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
 
 
-def heads(columns):
-    return "".join(f"{head:>{width}}" for head, width in columns.values())
-
-
-def cells(row, columns, digits=2):
-    """A row's numbers under `heads`; blank where there is none."""
-    return "".join(" " * width if row.get(key) is None else f"{row[key]:>{width}.{digits}f}" for key, (_, width) in columns.items())
-
-
-def model_lines(rows, columns):
-    """The heads, and a line for each row of a model."""
-    columns = columns | dict(ms_per_image=("ms/image", 10))
-    return [f"{'model':<11}{'steps':>6}" + heads(columns)] + [
-        (f"{row['model']:<11}{row['steps'] or '':>6}" + cells(row, columns)).rstrip() for row in rows]
+def text_table(rows, *keys):
+    """Rows, a list of dicts -> text: a line of heads, then the rows. Of the keys, those that some row has; numbers with two digits."""
+    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    lines = [[HEADS.get(key, key) for key in keys]] + [
+        ["" if (x := row.get(key)) is None else f"{x:.2f}" if isinstance(x, float) else str(x) for key in keys] for row in rows]
+    widths = [f"{'<' if key in ('model', 'method', 'table', 'row') else '>'}{max(map(len, x))}" for key, x in zip(keys, zip(*lines))]
+    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def table(content):
     """report.json's content -> text."""
     p, is_exact = content["protocol"], "scorer" in content["protocol"]
     what = "share of images that show what the caption says" if is_exact else f"FD in features of the judge, reference {p['reference']}"
-    return "\n".join([f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, {what}",
-                      *model_lines(content["rows"], TAG_COLUMNS if is_exact else JUDGE_COLUMNS)])
+    keys = (*TAGS, "overall") if is_exact else ("fd", "inception_score", "precision", "recall", "accuracy", "spread")
+    return (f"{p['dataset']}: {p['images']} images a row, seed {p['seed']}, {what}\n"
+            + text_table(content["rows"], "model", "steps", *keys, "ms_per_image"))
 
 
 def means(scores):
@@ -417,18 +403,16 @@ def means(scores):
 
 def ablation_table(content):
     """report.json's content, as of `ablation_report` -> text."""
-    p, rows = content["protocol"], content["rows"]
-    first = "overall" if "overall" in rows[0]["scores"][0] else "fd"
-    others = (*TAGS, "seconds_per_step") if first == "overall" else ("recall", "accuracy", "precision", "seconds_per_step")
-    columns = {key: (key, len(key) + 2) for key in others} | dict(paper=("paper", 7))
-    lines = [f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
-             f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall",
-             f"{'table':<7}{'row':<25}{first:<27}" + heads(columns)]
-    for row in rows:
+    p, rows = content["protocol"], []
+    first = "overall" if "overall" in content["rows"][0]["scores"][0] else "fd"
+    for row in content["rows"]:
         mean, values = means(row["scores"]), [score[first] for score in row["scores"]]
-        text = f"{mean[first]:.2f}" + f" ({min(values):.2f} to {max(values):.2f})" * (len(values) > 1)
-        lines.append((f"{row['table']:<7}{row['row']:<25}{text:<27}" + cells(mean | dict(paper=row["paper"]), columns)).rstrip())
-    return "\n".join(lines)
+        spans = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+        rows.append(row | mean | {first: f"{mean[first]:.2f}{spans}"})
+    others = TAGS if first == "overall" else ("recall", "accuracy", "precision")
+    return (f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
+            f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall\n"
+            + text_table(rows, "table", "row", first, *others, "seconds_per_step", "paper"))
 
 
 def ablation_report(rows, protocol, captions, folder):
@@ -441,20 +425,6 @@ def ablation_report(rows, protocol, captions, folder):
 
 
 # ------------------------------------------------------------------------------------------------ the table of ImageNet (Table 2)
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"                             # ends in the beginning of its own sha256
-
-
-def find_inception(given):
-    """Path of the FID Inception's weights: the user's own, else weights/. They are on GitHub, not on the hub."""
-    if given and not Path(given).is_file():
-        raise ValueError(f"--inception-weights {given}: no such file")
-    path = Path(given or f"weights/{INCEPTION}")
-    if not path.is_file():
-        raise ValueError(f"no weights for inception: put the file {INCEPTION} of https://github.com/mseitzer/pytorch-fid (release fid_weights) "
-                         f"at {path}, or name it with --inception-weights")
-    return path
-
-
 def scores(features, logits, target):
     """Features (N, 2048), logits (N, 1008) of the Inception and a `reference` -> the numbers of a row; no precision without real images.
 
@@ -538,7 +508,8 @@ def official_report(args, run, folder, device):
 
 def official_table(content):
     """report.json's content -> text: the protocol, then the columns of Table 2."""
-    return "\n".join([f"{key}: {value}" for key, value in content["protocol"].items()] + model_lines(content["rows"], FID_COLUMNS))
+    return "\n".join([f"{key}: {value}" for key, value in content["protocol"].items()] + [text_table(
+        content["rows"], "model", "steps", "fid", "inception_score", "inception_score_std", "precision", "recall", "ms_per_image")])
 
 
 # ------------------------------------------------------------------------------------------------ GenEval (Ghosh et al. 2023; Table 1)
@@ -682,38 +653,8 @@ def geneval_scores(detections, prompts, max_overlap=1.0):
 
 def geneval_table(scores, detector):
     """`geneval_scores` -> text. It names what made the detections: with any but the official detector they are not a model's GenEval."""
-    return "\n".join([f"GenEval rules, detections by {detector}: {scores['images']} images of {scores['prompts']} prompts",
-                      heads(TAG_COLUMNS), cells(scores, TAG_COLUMNS)])
-
-
-def geneval_images(prompts_file, out, make, n=4):
-    """The images of every prompt, in the folders that the official scorer reads. Those that are there are not made again.
-
-    OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
-    make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
-              from the seed and these two numbers alone, whichever others are wanted with it
-    """
-    def is_complete(path):
-        try:
-            return read_png(path) is not None
-        except ValueError:
-            return False
-    prompts = read_prompts(prompts_file)
-    folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
-    for folder, prompt in zip(folders, prompts):                               # all of them before the first image
-        path, text = folder / "metadata.jsonl", json.dumps(prompt)
-        if path.exists() and path.read_text() != text:
-            raise ValueError(f"{path} has another prompt than {prompts_file}: {out} was made for another file")
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda new: new.write_text(text))
-    for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
-        files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
-        wanted = [i for i in range(n) if not is_complete(files[i])]
-        if wanted:
-            images = make(prompt["prompt"], wanted, index)
-            assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
-            for i, image in zip(wanted, images):
-                write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
+    return (f"GenEval rules, detections by {detector}: {scores['images']} images of {scores['prompts']} prompts\n"
+            + text_table([scores], *TAGS, "overall"))
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -725,10 +666,7 @@ def bench(args, device):
     content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
                    "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
     print(content["protocol"])
-    columns = {key: (key, len(key) + 2) for key in ("ms_per_image", "transformer", "decoder", "images_per_second")}
-    print(f"{'model':<10}{'steps':>6}{'batch':>7}" + heads(columns))
-    for row in content["sampling"]:
-        print(f"{row['model']:<10}{row['steps']:>6}{row['batch']:>7}" + cells(row, columns))
+    print(text_table(content["sampling"], "model", "steps", "batch", "ms_per_image", "transformer", "decoder", "images_per_second"))
     if args.run:                                                               # else there are no settings to train with
         cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
         if cfg.dataset in OFFICIAL and not cfg.smoke:
@@ -737,13 +675,9 @@ def bench(args, device):
         else:
             parts.captions, parts.files = run.names if run.text else None, {}
         content["training"] = rows = train.bench_training(cfg, parts, device)
-        parts_of_step = {key: (key, 11) for key in ("condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward",
-                                                    "update", "total")}
-        peak = dict(peak_gb=("peak_gb", 11))
-        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}\n{'method':<10}"
-              + heads(parts_of_step | peak))
-        for row in rows:
-            print(f"{row['method']:<10}" + cells(row, parts_of_step, 1) + cells(row, peak))
+        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}")
+        print(text_table(rows, "method", "condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update",
+                         "total", "peak_gb"))
     write_json(Path(args.run or ".") / "bench.json", content)
 
 
@@ -758,7 +692,8 @@ def geneval(args, device):
         raise ValueError("--geneval and --reference or --folder exclude each other: GenEval looks at its own prompts alone")
     if args.steps is not None and (len(args.steps) != 1 or args.steps[0] < 1):
         raise ValueError(f"--geneval draws with one model: the student, or the teacher in the one number of --steps, got {args.steps}")
-    captions = [prompt["prompt"] for prompt in read_prompts(args.prompts)]      # now, not after the networks are loaded
+    prompts = read_prompts(args.prompts)                                       # now, not after the networks are loaded
+    captions = [prompt["prompt"] for prompt in prompts]
     steps = args.steps[0] if args.steps else 0
     run = load_models(args, device, teacher=steps > 0)
     model = run.teacher if steps else run.student
@@ -774,10 +709,10 @@ def geneval(args, device):
 
     def make(caption, numbers, index):
         c = run.text.encode([caption] * len(numbers)).to(device)
-        z = tokens(model, c, [g for i in numbers for g in generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
+        z = fpd.tokens(model, c, [g for i in numbers for g in fpd.generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
         return to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
     with torch.no_grad():
-        geneval_images(args.prompts, out, make)
+        geneval_images(prompts, out, make)
     print(f"{out}: 4 images of each prompt | {f'teacher, {steps} steps' if steps else 'student, 1 step'} | seed {args.seed} | next: a detector's "
           "findings, then evaluate.py --geneval --prompts FILE --detections FILE")
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import tokenizer as tok
 from drift import drift_loss
@@ -28,6 +29,11 @@ from models import ConvNet, Discriminator, load_discriminator
 
 
 # ------------------------------------------------------------------------------------------------ randomness
+def generators(seed, first, n, device):
+    """One generator per image: image 1234 is the same picture at batch size 8 and 256 (CPU and GPU streams differ)."""
+    return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
+
+
 def uniform(shape, generator, device):
     """Uniform numbers of `shape` (B, ...) from one generator, or row i from generator[i]."""
     if isinstance(generator, torch.Generator):
@@ -203,6 +209,23 @@ class Bank(nn.Module):
         return self.z[c, order.flatten()]
 
 
+def check_refine_steps(cfg, teacher):
+    """ValueError where its sampler cannot make so many steps: each fixes at least one token."""
+    if cfg.far and cfg.refine_steps > teacher.L:
+        raise ValueError(f"--refine-steps should be between 1 and {teacher.L}, the tokens of an image, got {cfg.refine_steps}")
+
+
+@torch.no_grad()
+def fill_bank(cfg, device, teacher, num_classes, training):
+    """The Bank's samples, by the teacher's own sampler. (Made in one go: a minute's work.)"""
+    args = dict(num_classes=num_classes, n=cfg.bank, L=teacher.L)
+    bank, generator = Bank(**args).to(device), torch.Generator(device).manual_seed(cfg.prepare_seed)
+    for k in tqdm(range(num_classes), "bank"):
+        c = torch.full((cfg.bank,), k, device=device)
+        bank.z[k] = sample_teacher(teacher, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+    return bank, args
+
+
 # ------------------------------------------------------------------------------------------------ the lift (Sec. 3.3)
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
@@ -271,6 +294,14 @@ def one_step(student, c, r_init, generator, temperature=1.0):
     return draw(student(z_init, c), temperature, generator)
 
 
+@torch.no_grad()
+def tokens(model, c, generator, cfg, steps):
+    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
+    if steps == 0:
+        return one_step(model, c, cfg.init_mask, generator, cfg.temperature)
+    return sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
+
+
 def per_class_groups(X, n):
     """Fold the classes of a batch into the position axis, so that only drafts of one class are compared. (G n, F, D) -> (n, G F, D)"""
     B, F_, D = X.shape
@@ -333,6 +364,65 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator, bank=None):
         logs["codes_used"] = codes_used(z_hat, K)
         logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()       # share of hidden tokens that the teacher replaced
     return loss, logs, images
+
+
+# ------------------------------------------------------------------------------------------------ around the step (Sec. 4.1)
+def draw_condition(parts, cfg, generator):
+    """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
+    G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
+    picks = torch.cat([torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-G // n))])[:G]
+    c = parts.text.encode([parts.captions[i] for i in picks]) if parts.text else picks      # each caption once, however many drafts it gets
+    return c.repeat_interleave(cfg.per_class, 0)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
+    left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)                # 1 where the fall begins, 0 after the last step
+    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
+
+
+@torch.no_grad()
+def update_ema(ema, student, decay):
+    for p, q in zip(ema.parameters(), student.parameters()):
+        p.lerp_(q, 1 - decay)
+
+
+def memory(student, parts, cfg, half, c):
+    """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
+
+    The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
+    bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
+    """
+    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, copy.copy(cfg))
+    lift.cfg.lift_chunk = None
+    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
+    if parts.text:
+        networks.append(parts.text)
+    counted = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+
+    def kept(forward, B):
+        """Bytes that the backward pass of forward(B) would keep, besides the weights."""
+        storages = {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in counted:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t.detach()                                                    # t may be what the graph node made: a cycle, never freed
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
+            alive = forward(B)                                                   # else memory would be freed, and counted twice
+        del alive
+        return sum(storages.values())
+
+    def draft(B):
+        return student(torch.full((B, student.L), student.K, device=E.device), c[:B])
+
+    def lifted(B):
+        return lift.features(lift.decode(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_(), c[:B]))
+
+    (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
+    fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
+    images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
+    return (fixed + images) / 1e9
 
 
 # ------------------------------------------------------------------------------------------------ the GAN (Sec. 3.4), optional

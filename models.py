@@ -12,13 +12,43 @@ One class each for the small worlds and for the official networks: an official f
 import math
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from tokenizer import SCENE_WORDS, count, find_weights, load_strictly, parse_caption, read_weights, shape_of, source_name
+from tokenizer import SCENE_WORDS, count, load_strictly, parse_caption, read_weights, shape_of, source_name
+
+
+# ------------------------------------------------------------------------------------------------ where pretrained weights are
+def find_weights(part, given, filename, repo, save_as=None):
+    """Path of a weight file: the user's own, else weights/, else the hub (its cache on this disk, or a download).
+
+    part       "vqgan", "maskgit", ...: the option --<part>-weights and the messages
+    given      what that option says, or None
+    filename   path of the file inside the repository `repo` of the Hugging Face hub
+    save_as    its name under weights/, where the file's own (model.safetensors) says too little
+    ValueError in one line that names file, repository and place
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"--{part}-weights {given}: no such file")
+        return Path(given)
+    place = Path("weights") / (save_as or Path(filename).name)
+    if place.is_file():
+        return place
+    try:
+        import huggingface_hub as hub                                           # here: slow to import, and the small worlds need no hub
+        cached = hub.try_to_load_from_cache(repo, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename), timeout=10)    # offline this fails at once; a download tries for 25 s
+        return Path(hub.hf_hub_download(repo, filename))
+    except Exception as error:                                                  # offline, no such file, disk full: dozens of types
+        raise ValueError(f"no weights for {part}: the hub gives none ({type(error).__name__}). Put the file {filename} of repository "
+                         f"{repo} (Hugging Face hub) at {place}, or name it with --{part}-weights") from None
 
 
 # ------------------------------------------------------------------------------------------------ MaskGIT (Besnier and Chen 2023, version 1)
@@ -676,6 +706,20 @@ class Inception(nn.Module):
             x = torch.cat([*block._forward(x)[:-1], block.branch_pool(pooled)], 1)             # the last branch is timm's own pooling
         features = x.mean((2, 3))                                                # (B, 2048)
         return features, F.linear(features, self.net.fc.weight, self.net.fc.bias if path == "pytorch-fid" else None)
+
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"                               # ends in the beginning of its own sha256
+
+
+def find_inception(given):
+    """Path of the FID Inception's weights: the user's own, else weights/. They are on GitHub, not on the hub."""
+    if given and not Path(given).is_file():
+        raise ValueError(f"--inception-weights {given}: no such file")
+    path = Path(given or f"weights/{INCEPTION}")
+    if not path.is_file():
+        raise ValueError(f"no weights for inception: put the file {INCEPTION} of https://github.com/mseitzer/pytorch-fid (release fid_weights) "
+                         f"at {path}, or name it with --inception-weights")
+    return path
 
 
 def load_inception(src):

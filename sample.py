@@ -41,9 +41,9 @@ from torch import nn
 from tqdm import tqdm
 
 import fpd
-from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, import_timm, load_maskgen, load_maskgit,
-                    load_text_encoder)
-from tokenizer import SUFFIXES, VQGAN, TATiTok, find_weights, load_strictly, load_tatitok, load_vqgan, read_weights, to_uint8
+from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, find_weights, import_timm, load_maskgen,
+                    load_maskgit, load_text_encoder)
+from tokenizer import SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan, read_image, read_weights, to_uint8
 
 FORMAT = 2                                                                       # of checkpoint.pt
 # The paper's public networks on the Hugging Face hub: repository, file, loader
@@ -90,11 +90,12 @@ def official(dataset, part, given=None):
     return find_weights(part, given or None, file, repo, save_as=f"{repo.split('/')[1]}.safetensors" if file == "model.safetensors" else None)
 
 
-def official_parts(dataset, teacher, given):
-    """Which files a run with official networks needs to draw images. given: those that the user named"""
-    if "text" in given and dataset != "laion":
-        raise ValueError(f"--text-weights is for laion: there is no text in {dataset}")
-    return ["tokenizer"] + ["teacher"] * teacher + ["text"] * (dataset == "laion")
+def official_files(dataset, teacher, given):
+    """What official networks need to draw images -> {part: function that finds its file}, for `find_all`. given: {part: the user's own file}"""
+    if given.get("text") and dataset != "laion":
+        raise ValueError(f"--text-weights goes with --dataset laion: there is no text in {dataset}")
+    parts = ["tokenizer"] + ["teacher"] * teacher + ["text"] * (dataset == "laion")
+    return {part: partial(official, dataset, part, given.get(part)) for part in parts}
 
 
 def load_official(r, dataset, files, device, student=None):
@@ -152,6 +153,28 @@ def newest_run(runs="runs"):
     return found[-1].parent
 
 
+def run_folder(cfg):
+    """runs/<name>: the one to resume, or a new one. A finished or foreign run is never written into."""
+    runs = Path("runs")
+    name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
+    if cfg.ablations:
+        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see `ablate`
+    if cfg.resume:
+        folder = runs / cfg.name if cfg.name else newest_run(runs)
+        if not (folder / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume: there is no {folder / 'checkpoint.pt'}")
+        return folder
+    if cfg.name:
+        if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
+            raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
+        begun = {".config.json", "config.json", "samples", "checkpoint.pt.tmp"}      # what a run leaves that was killed before its first save
+        if {path.name for path in (runs / cfg.name).glob("*")} - begun:
+            raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
+        return runs / cfg.name
+    numbered = (runs / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(folder for folder in numbered if not folder.exists())
+
+
 def read_checkpoint(run):
     """runs/<name> -> what train.py saved there. Weights are mapped, not read: asking for the configuration alone costs nothing."""
     path = Path(run) / "checkpoint.pt"
@@ -182,10 +205,8 @@ def load_run(run, device, teacher=True, given=None):
     cfg, parts = types.SimpleNamespace(**saved["config"]), saved["parts"]
     r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None, bank=None)
     if cfg.dataset in OFFICIAL and not cfg.smoke:
-        def where(part):
-            return official(cfg.dataset, part, given.get(part) or (parts[part] if Path(parts[part]).is_file() else None))
-        files = find_all({part: partial(where, part) for part in official_parts(cfg.dataset, teacher, given)})
-        return load_official(r, cfg.dataset, files, device, saved["ema"])
+        found = {part: path for part, path in parts.items() if Path(path).is_file()}
+        return load_official(r, cfg.dataset, find_all(official_files(cfg.dataset, teacher, found | given)), device, saved["ema"])
     if given:
         raise ValueError(f"--{min(given)}-weights is for imagenet and laion, and {run} is a run of {cfg.dataset}{', smoke' * cfg.smoke}")
     for part, path in parts.items():
@@ -197,7 +218,7 @@ def load_run(run, device, teacher=True, given=None):
 
 def load_public(dataset, student_file, teacher, given, init_mask, device):
     """The public networks, without any run -> namespace like load_run's; step None, no student unless its file is named."""
-    files = find_all({part: partial(official, dataset, part, given.get(part)) for part in official_parts(dataset, teacher, given)})
+    files = find_all(official_files(dataset, teacher, given))
     cfg = types.SimpleNamespace(**PUBLIC[dataset], dataset=dataset, smoke=False)
     cfg.init_mask = cfg.init_mask if init_mask is None else init_mask
     r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None)
@@ -379,26 +400,13 @@ def share_gradients(student, *helpers):
 
 
 # ------------------------------------------------------------------------------------------------ images
-def generators(seed, first, n, device):
-    """One generator per image: image 1234 is the same picture at batch size 8 and 256 (CPU and GPU streams differ)."""
-    return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
-
-
-@torch.no_grad()
-def tokens(model, c, generator, cfg, steps):
-    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
-    if steps == 0:
-        return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
-    return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
-
-
 @torch.no_grad()
 def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None):
     """Images for the conditions c (N, ...), one batch (B, 3, H, W) uint8 on the CPU after the other. steps = 0: the student's single pass."""
     device = tokenizer.E.device
     for start in tqdm(range(0, len(c), batch), progress, leave=False, disable=progress is None):
         part = c[start:start + batch].to(device)
-        z = tokens(model, part, generators(seed, start, len(part), device), cfg, steps)
+        z = fpd.tokens(model, part, fpd.generators(seed, start, len(part), device), cfg, steps)
         yield to_uint8(tokenizer.decode(tokenizer.E[z], part)).cpu()
 
 
@@ -440,6 +448,35 @@ def sheet(rows, captions, zoom=None):
     return picture
 
 
+def geneval_images(prompts, out, make, n=4):
+    """The images of every prompt (evaluate.read_prompts), in the folders that GenEval's scorer reads. Those that are there are not made again.
+
+    OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
+    make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
+              from the seed and these two numbers alone, whichever others are wanted with it
+    """
+    def is_complete(path):
+        try:
+            return read_image(path) is not None
+        except ValueError:
+            return False
+    folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
+    for folder, prompt in zip(folders, prompts):                               # all of them before the first image
+        path, text = folder / "metadata.jsonl", json.dumps(prompt)
+        if path.exists() and path.read_text() != text:
+            raise ValueError(f"{path} has another prompt: {out} was made for another file of prompts")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda new: new.write_text(text))
+    for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
+        files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
+        wanted = [i for i in range(n) if not is_complete(files[i])]
+        if wanted:
+            images = make(prompt["prompt"], wanted, index)
+            assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
+            for i, image in zip(wanted, images):
+                write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
+
+
 # ------------------------------------------------------------------------------------------------ speed
 class Stopwatch:
     """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
@@ -472,7 +509,7 @@ def bench_sampling(run, device, batch):
             c = c[torch.arange(n) % len(c)].to(device)
             for _ in range(3 if run.cfg.smoke else 7):                           # two of them warm up
                 watch.mark("transformer")                                        # and the draws of tokens
-                z = tokens(model, c, generators(0, 0, n, device), run.cfg, steps)
+                z = fpd.tokens(model, c, fpd.generators(0, 0, n, device), run.cfg, steps)
                 watch.mark("decoder")
                 to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
             watch.mark("transformer")

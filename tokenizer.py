@@ -200,22 +200,19 @@ def read_captions(path):
 
 
 # ------------------------------------------------------------------------------------------------ images: files
-def open_image(path):
-    """Any image file -> PIL image: EXIF turns applied, RGB. ValueError when it is not an image."""
+def read_image(path, size=None):
+    """Any image file -> (3, H, W) uint8, EXIF turns applied; with a size, its centre square of size x size pixels. ValueError if it is none."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                      # 16-bit grey: PIL would clip it to white
                 image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            image = image.convert("RGB")
     except Exception as error:                                                  # a damaged file can make a decoder raise anything
         raise ValueError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from error
-
-
-def read_image(path, size):
-    """Any image file -> (3, size, size) uint8: centre square, Lanczos. ValueError when it is not an image."""
-    image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    if size:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -605,34 +602,6 @@ def load_tatitok(src, image_size=256, head_width=64, l2norm=False):
 
 
 # ------------------------------------------------------------------------------------------------ files of pretrained weights
-def find_weights(part, given, filename, repo, save_as=None):
-    """Path of a weight file: the user's own, else weights/, else the hub (its cache on this disk, or a download).
-
-    part       "vqgan", "maskgit", ...: the option --<part>-weights and the messages
-    given      what that option says, or None
-    filename   path of the file inside the repository `repo` of the Hugging Face hub
-    save_as    its name under weights/, where the file's own (model.safetensors) says too little
-    ValueError in one line that names file, repository and place
-    """
-    if given is not None:
-        if not Path(given).is_file():
-            raise ValueError(f"--{part}-weights {given}: no such file")
-        return Path(given)
-    place = Path("weights") / (save_as or Path(filename).name)
-    if place.is_file():
-        return place
-    try:
-        import huggingface_hub as hub                                           # here: slow to import, and the small worlds need no hub
-        cached = hub.try_to_load_from_cache(repo, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename), timeout=10)    # offline this fails at once; a download tries for 25 s
-        return Path(hub.hf_hub_download(repo, filename))
-    except Exception as error:                                                  # offline, no such file, disk full: dozens of types
-        raise ValueError(f"no weights for {part}: the hub gives none ({type(error).__name__}). Put the file {filename} of repository "
-                         f"{repo} (Hugging Face hub) at {place}, or name it with --{part}-weights") from None
-
-
 def read_weights(src, what):
     """Pretrained weights -> state dict: key -> tensor (CPU). The one reader of foreign files here; nothing in a file is ever run.
 

@@ -169,7 +169,7 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **kind)
     typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
     if typed.get("resume"):
-        folder = run_folder(Config(name=typed.get("name", ""), resume=True))
+        folder = sample.run_folder(Config(name=typed.get("name", ""), resume=True))
         saved = sample.read_checkpoint(folder)
         settings = {**dataclasses.asdict(Config()), **saved["config"], "name": folder.name}
         for key in FIXED + ("steps",) * (settings["method"] == "sdtt"):          # whose rounds are quarters of the run
@@ -198,59 +198,56 @@ def check(cfg):
     def want(ok, text):
         if not ok:
             raise ValueError(text)
+
+    def each(names, fits, text):
+        for name in names.split():
+            value = getattr(cfg, name)
+            want(value is None or fits(value), f"--{name.replace('_', '-')} {text}, got {value!r}")
     for name in ("seed", "prepare_seed"):
         sample.check_seed(getattr(cfg, name), f"--{name.replace('_', '-')}")
     for name, options in dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"), method=tuple(METHODS),
                               affinity=("joint", "apart"), estimator=("ste", "soft"), draft=("student", "random"),
                               space=("feature", "pixel", "both")).items():
-        want(getattr(cfg, name) in options, f"--{name} should be one of {', '.join(options)}, got {getattr(cfg, name)!r}")
+        each(name, lambda value: value in options, f"should be one of {', '.join(options)}")
     for f in dataclasses.fields(cfg):
-        values = getattr(cfg, f.name) if f.type is tuple else [getattr(cfg, f.name)]
-        want(all(math.isfinite(value) for value in values if isinstance(value, float)), f"--{f.name.replace('_', '-')} should be finite")
-    want(cfg.ablations >= 0, f"--ablations, a number of seeds, should not be negative, got {cfg.ablations}")
-    want(not cfg.ablations or cfg.dataset not in sample.OFFICIAL, "--ablations goes with --dataset shapes, scenes or folder")
-    want(not (cfg.ablations and cfg.resume), "--ablations goes on by itself: type the same command again, without --resume")
-    want(not cfg.ablations or max(cfg.gpus or 0, int(os.environ.get("WORLD_SIZE", 1))) <= 1, "--ablations runs in one process: --gpus 0 or 1")
-    for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "refine_steps", "log_every", "sample_every", "save_every"):
-        want(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} should be at least 1, got {getattr(cfg, name)}")
-    want(cfg.per_class >= 2, f"--per-class should be at least 2: a draft's negatives are the other drafts; got {cfg.per_class}")
-    want(cfg.batch >= 2 and cfg.batch % cfg.per_class == 0, f"--batch should be a multiple of --per-class {cfg.per_class}, got {cfg.batch}")
-    want(0 < cfg.init_mask <= 1, f"--init-mask is a share, between 0 and 1, got {cfg.init_mask}")
+        each(f.name, lambda value: all(math.isfinite(x) for x in (value if f.type is tuple else [value]) if isinstance(x, float)), "should be finite")
+    each("ablations bank gpus gan_weight gan_start warmup crowd confidence_noise", lambda x: x >= 0, "should not be negative")
+    each("steps tokenizer_steps classifier_steps teacher_steps refine_steps log_every sample_every save_every lift_chunk", lambda x: x >= 1,
+         "should be at least 1")
+    each("per_class", lambda x: x >= 2, "should be at least 2: a draft's negatives are the other drafts")
+    each("batch", lambda x: x >= 2 and x % cfg.per_class == 0, f"should be a multiple of --per-class {cfg.per_class}")
+    each("bank", lambda x: x == 0 or x >= cfg.per_class, f"should be 0 or at least --per-class {cfg.per_class}")
+    each("draft_temperature temperature lr clip", lambda x: x > 0, "should be positive")
+    each("bandwidths", lambda x: x and min(x) > 0, "should be positive")
+    each("far decay ema", lambda x: 0 <= x <= 1, "is a share, between 0 and 1")
+    each("init_mask", lambda x: 0 < x <= 1, "is a share, between 0 and 1")
+    each("label_smoothing", lambda x: 0 <= x < 1, "is a share, below 1")
     want(0 <= cfg.remask_min < cfg.remask_max <= 1, f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: shares, min below max")
-    for name in ("far", "decay", "ema"):
-        want(0 <= getattr(cfg, name) <= 1, f"--{name} is a share, between 0 and 1, got {getattr(cfg, name)}")
-    for name in ("draft_temperature", "temperature", "lr", "clip"):
-        want(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} should be positive, got {getattr(cfg, name)}")
-    want(cfg.bandwidths and min(cfg.bandwidths) > 0, f"--bandwidths should be positive, got {cfg.bandwidths}")
-    want(cfg.bank >= 0, f"--bank should not be negative, got {cfg.bank}")
-    want(not cfg.bank or cfg.dataset in ("shapes", "folder"), "--bank goes with --dataset shapes or folder: it holds samples of every class")
-    want(not cfg.bank or cfg.bank >= cfg.per_class, f"--bank should be 0 or at least --per-class {cfg.per_class}, got {cfg.bank}")
-    want(cfg.dataset in ("scenes", "laion") or not cfg.freeze_text, "--freeze-text goes with captions: --dataset scenes or laion")
-    want(cfg.dataset == "shapes" or not cfg.anywhere, "--anywhere goes with --dataset shapes")
+    each("grid", lambda x: 1 <= x <= 32, "should be between 1 and 32, the pixels of the smallest images")
+    is_official, started = cfg.dataset in sample.OFFICIAL, int(os.environ.get("WORLD_SIZE", 1))
+    needs_files = is_official and not cfg.smoke
+    for names, ok, where in (
+            ("anywhere", cfg.dataset == "shapes", "--dataset shapes"),
+            ("bank", cfg.dataset in ("shapes", "folder"), "--dataset shapes or folder: it holds samples of every class"),
+            ("freeze_text", cfg.dataset in ("scenes", "laion"), "captions: --dataset scenes or laion"),
+            ("captions", cfg.dataset == "laion" and needs_files, "--dataset laion, and not with --smoke"),
+            ("tokenizer_weights teacher_weights backbone_weights text_weights deit_weights efficientnet_weights", needs_files,
+             "--dataset imagenet or laion, and not with --smoke"),
+            ("deit_weights efficientnet_weights", cfg.gan_weight, "--gan-weight"),
+            ("gan_weight", cfg.method == "fpd", "--method fpd"),
+            ("data", cfg.dataset == "folder" or (needs_files and cfg.gan_weight),
+             "--dataset folder, or with imagenet or laion and --gan-weight, there not with --smoke"),
+            ("ablations", not is_official, "--dataset shapes, scenes or folder"),
+            ("ablations", max(cfg.gpus or 0, started) <= 1, "one process: --gpus 0 or 1")):
+        each(names, lambda value: not value or ok, f"goes with {where}")
+    want(not (cfg.ablations and cfg.resume), "--ablations goes on by itself: type the same command again, without --resume")
     want(cfg.dataset != "folder" or cfg.data, "--dataset folder needs --data DIR, one subfolder of images per class")
     want(cfg.dataset != "laion" or cfg.smoke or cfg.captions, "--dataset laion needs --captions FILE, one caption per line")
-    want(cfg.dataset == "laion" and not cfg.smoke or not cfg.captions, "--captions goes with --dataset laion, and not with --smoke")
-    for part in ("tokenizer", "teacher", "backbone", "text", "deit", "efficientnet"):
-        want((cfg.dataset in sample.OFFICIAL and not cfg.smoke) or not getattr(cfg, f"{part}_weights"),
-             f"--{part}-weights goes with --dataset imagenet or laion, and not with --smoke")
-    want(cfg.dataset == "laion" or not cfg.text_weights, "--text-weights goes with --dataset laion")
-    want(cfg.gan_weight or not (cfg.deit_weights or cfg.efficientnet_weights), "--deit-weights and --efficientnet-weights go with --gan-weight")
-    for name in ("gan_weight", "gan_start", "warmup", "crowd", "confidence_noise"):
-        want(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} should not be negative, got {getattr(cfg, name)}")
-    want(cfg.dataset == "folder" or (cfg.dataset in sample.OFFICIAL and cfg.gan_weight and not cfg.smoke) or not cfg.data,
-         "--data goes with --dataset folder, or with imagenet or laion and --gan-weight, there not with --smoke")
-    want(not cfg.gan_weight or cfg.dataset not in sample.OFFICIAL or cfg.smoke or cfg.data,
-         f"--gan-weight with {cfg.dataset} needs --data DIR: real images, at any depth")
-    want(cfg.method == "fpd" or not cfg.gan_weight, f"--gan-weight goes with --method fpd, got {cfg.method}")
+    want(not cfg.gan_weight or not needs_files or cfg.data, f"--gan-weight with {cfg.dataset} needs --data DIR: real images, at any depth")
     want(cfg.method != "sdtt" or cfg.init_mask == 1, f"--method sdtt begins with everything hidden, --init-mask 1, got {cfg.init_mask}")
-    want(0 <= cfg.label_smoothing < 1, f"--label-smoothing is a share, below 1, got {cfg.label_smoothing}")
-    want(1 <= cfg.grid <= 32, f"--grid should be between 1 and 32, the pixels of the smallest images, got {cfg.grid}")
-    want(cfg.dataset in sample.OFFICIAL or set(cfg.blocks) <= set(range(4)), f"--blocks of the small Phi are 0 to 3, got {cfg.blocks}")
-    want(cfg.lift_chunk is None or cfg.lift_chunk >= 1, f"--lift-chunk should be at least 1, got {cfg.lift_chunk}")
-    want(cfg.gpus is None or cfg.gpus >= 0, f"--gpus should not be negative, got {cfg.gpus}")
+    want(is_official or set(cfg.blocks) <= set(range(4)), f"--blocks of the small Phi are 0 to 3, got {cfg.blocks}")
     want((cfg.gpus or 0) <= torch.cuda.device_count(),
          f"--gpus {cfg.gpus}: there are {torch.cuda.device_count()} CUDA devices here; leave --gpus away to run on the CPU")
-    started = int(os.environ.get("WORLD_SIZE", 1))
     want(started == 1 or cfg.gpus in (None, 0, started), f"--gpus {cfg.gpus}, but {started} processes were started; leave --gpus away")
 
 
@@ -404,31 +401,11 @@ def train_teacher(cfg, device, vq, text, training):
     return teacher, args
 
 
-def check_refine_steps(cfg, teacher):
-    """ValueError where its sampler cannot make so many steps: each fixes at least one token."""
-    if cfg.far and cfg.refine_steps > teacher.L:
-        raise ValueError(f"--refine-steps should be between 1 and {teacher.L}, the tokens of an image, got {cfg.refine_steps}")
-
-
-@torch.no_grad()
-def fill_bank(cfg, device, teacher, num_classes, training):
-    """The Bank's samples, by the teacher's own sampler. (Made in one go: a minute's work.)"""
-    args = dict(num_classes=num_classes, n=cfg.bank, L=teacher.L)
-    bank, generator = fpd.Bank(**args).to(device), torch.Generator(device).manual_seed(cfg.prepare_seed)
-    for k in tqdm(range(num_classes), "bank"):
-        c = torch.full((cfg.bank,), k, device=device)
-        bank.z[k] = fpd.sample_teacher(teacher, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
-    return bank, args
-
-
 def load_official(cfg, device):
     """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
     parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None, bank=None)
-    finders = {"tokenizer": partial(sample.official, cfg.dataset, "tokenizer", cfg.tokenizer_weights),
-               "teacher": partial(sample.official, cfg.dataset, "teacher", cfg.teacher_weights),
-               "phi": partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)}
-    if parts.captions:
-        finders["text"] = partial(sample.official, cfg.dataset, "text", cfg.text_weights)
+    finders = sample.official_files(cfg.dataset, True, dict(tokenizer=cfg.tokenizer_weights, teacher=cfg.teacher_weights, text=cfg.text_weights))
+    finders["phi"] = partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)
     if cfg.gan_weight:
         parts.real_files = tok.image_files(cfg.data)
         finders |= {cls.part: partial(find_backbone, cls.name, getattr(cfg, f"{cls.part}_weights") or None, cls.part) for cls in FEATURE_NETWORKS}
@@ -439,7 +416,7 @@ def load_official(cfg, device):
     parts.files = {part: str(path.absolute()) for part, path in files.items()}
     sample.load_official(parts, cfg.dataset, files, device)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
-    check_refine_steps(cfg, parts.teacher)
+    fpd.check_refine_steps(cfg, parts.teacher)
     if parts.captions:
         sample.tell_cut(parts.text, parts.captions)
     parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
@@ -497,66 +474,15 @@ def prepare(cfg, device):
             cached("judge", partial(train_classifier, cfg, device, "judge", 24), steps=cfg.classifier_steps)
         cached("teacher", partial(train_teacher, cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps,
                tokenizer=files["tokenizer"], text=files.get("text"))
-    check_refine_steps(cfg, parts.teacher)
+    fpd.check_refine_steps(cfg, parts.teacher)
     if cfg.bank and cfg.far and cfg.method == "fpd":
-        cached("bank", partial(fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
+        cached("bank", partial(fpd.fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
                guidance=cfg.guidance, noise=cfg.confidence_noise, teacher=files["teacher"])
     sample.set_text(parts.text, parts.teacher)
     return parts
 
 
 # ------------------------------------------------------------------------------------------------ distillation
-def draw_condition(parts, cfg, generator):
-    """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
-    G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
-    picks = torch.cat([torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-G // n))])[:G]
-    c = parts.text.encode([parts.captions[i] for i in picks]) if parts.text else picks      # each caption once, however many drafts it gets
-    return c.repeat_interleave(cfg.per_class, 0)
-
-
-def learning_rate(step, cfg):
-    """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
-    left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)                # 1 where the fall begins, 0 after the last step
-    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
-
-
-def memory(student, parts, cfg, half, c):
-    """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
-
-    The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
-    bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
-    """
-    E, lift = parts.tokenizer.E, fpd.Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
-    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
-    if parts.text:
-        networks.append(parts.text)
-    counted = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
-
-    def kept(forward, B):
-        """Bytes that the backward pass of forward(B) would keep, besides the weights."""
-        storages = {}
-
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in counted:
-                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()                                                    # t may be what the graph node made: a cycle, never freed
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
-            alive = forward(B)                                                   # else memory would be freed, and counted twice
-        del alive
-        return sum(storages.values())
-
-    def draft(B):
-        return student(torch.full((B, student.L), student.K, device=E.device), c[:B])
-
-    def lifted(B):
-        return lift.features(lift.decode(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_(), c[:B]))
-
-    (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
-    fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
-    images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
-    return (fixed + images) / 1e9
-
-
 def go_on(folder, made_with, student, ema, opt, generator, gan, other):
     """--resume: everything as it was in the checkpoint of `folder`. -> its step. ValueError where it cannot go on here"""
     saved, (rank, n_ranks) = sample.read_checkpoint(folder), sample.ranks()
@@ -596,12 +522,6 @@ def tell(log, bar, row, gan):
         tqdm.write(f"step {row['step']}: {gan.verdict(row)}")
 
 
-@torch.no_grad()
-def update_ema(ema, student, decay):
-    for p, q in zip(ema.parameters(), student.parameters()):
-        p.lerp_(q, 1 - decay)
-
-
 def distil(cfg, parts, folder, device, mark=lambda part: None):
     """The loop (Fig. 2). Leaves checkpoint.pt, log.jsonl (of rank 0's drafts) and samples/ in `folder`.
 
@@ -616,11 +536,11 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
     lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, sample.versions()
-    c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
+    c = fpd.draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     gan = fpd.Gan(cfg, parts, device, n_ranks) if cfg.gan_weight else None
     other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
-        print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
+        print(f"memory: about {fpd.memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
     if cfg.resume:
         start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
     drafting, recent = sample.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
@@ -642,9 +562,9 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     with log, sample.ctrl_c() as interrupted:
         for step in bar:
             for group in opt.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+                group["lr"] = fpd.learning_rate(step, cfg)
             mark("condition")
-            c = draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
+            c = fpd.draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
             mark("student")
             with half:
                 if other:
@@ -670,7 +590,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
-            update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))     # the ramp forgets the teacher's first drafts
+            fpd.update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))     # the ramp forgets the teacher's first drafts
             if step % cfg.log_every == 0:
                 tell(log, bar, {"step": step, "loss": loss.item(), **{k: float(v) for k, v in logs.items()}}, gan)
             if step % cfg.sample_every == 0 and rank == 0:
@@ -723,28 +643,6 @@ def sample_sheet(cfg, parts, student, path):
             for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1), ("student 1", student, 0))]
     path.parent.mkdir(parents=True, exist_ok=True)
     sample.sheet(rows, captions).save(path)
-
-
-def run_folder(cfg):
-    """runs/<name>: the one to resume, or a new one. A finished or foreign run is never written into."""
-    runs = Path("runs")
-    name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
-    if cfg.ablations:
-        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see `ablate`
-    if cfg.resume:
-        folder = runs / cfg.name if cfg.name else sample.newest_run(runs)
-        if not (folder / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume: there is no {folder / 'checkpoint.pt'}")
-        return folder
-    if cfg.name:
-        if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
-            raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
-        begun = {".config.json", "config.json", "samples", "checkpoint.pt.tmp"}      # what a run leaves that was killed before its first save
-        if {path.name for path in (runs / cfg.name).glob("*")} - begun:
-            raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
-        return runs / cfg.name
-    numbered = (runs / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    return next(folder for folder in numbered if not folder.exists())
 
 
 # ------------------------------------------------------------------------------------------------ ablations (Tables 3 and 4)
@@ -813,7 +711,7 @@ def ablate(base, root, device):
 def main():
     cfg, several = parse(), "RANK" in os.environ
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
-    folder = run_folder(cfg)
+    folder = sample.run_folder(cfg)
     for place in (folder, "runs/prepared"):
         sample.check_writable(place)
     if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:               # bad --data should end here, before anything is written

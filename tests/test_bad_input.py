@@ -11,9 +11,9 @@ import torch
 from conftest import in_process, own_copy, refused
 from PIL import Image
 
-import evaluate
 import models
 import sample
+import tokenizer
 
 LONG = "very " * 80 + "long tail"
 
@@ -116,7 +116,7 @@ WRONG = [
     ("train.py --smoke --gan-weight 1 --gan-start -1", "--gan-start should not be negative"),
     ("train.py --smoke --dataset scenes --anywhere", "--anywhere goes with --dataset shapes"),
     ("train.py --smoke --backbone-weights x", "--backbone-weights goes with"),
-    ("train.py --dataset imagenet --deit-weights x", "go with --gan-weight"),
+    ("train.py --dataset imagenet --deit-weights x", "--deit-weights goes with --gan-weight"),
     ("train.py --dataset imagenet --text-weights x", "--text-weights goes with --dataset laion"),
     # train.py: names and runs
     ("train.py --smoke --name shapes-smoke", "exists already"), ("train.py --smoke --name a/b", "cannot be the name of a folder"),
@@ -164,8 +164,8 @@ WRONG = [
     ("sample.py --run runs/shapes-smoke --student x", "exclude each other"), ("sample.py --teacher --student x", "exclude each other"),
     ("sample.py --teacher-weights x", "--teacher-weights is for imagenet"),
     ("sample.py --text-weights x", "--text-weights is for imagenet and laion"),
-    ("sample.py --dataset imagenet --teacher --text-weights x", "--text-weights is for laion"),
-    ("evaluate.py --dataset imagenet --reference adm.npz --text-weights x", "--text-weights is for laion"),
+    ("sample.py --dataset imagenet --teacher --text-weights x", "--text-weights goes with --dataset laion"),
+    ("evaluate.py --dataset imagenet --reference adm.npz --text-weights x", "--text-weights goes with --dataset laion"),
     # sample.py, evaluate.py: runs
     ("sample.py --run runs/none", "there is no file runs/none/checkpoint.pt"), ("evaluate.py --run runs/none", "there is no file"),
     ("sample.py --run file", "file is not a run"), ("sample.py --run runs/directory", "there is no file"),
@@ -248,7 +248,7 @@ def test_images_to_be_scored_may_be_of_any_mode(tmp_path):
     for mode in ("L", "RGBA", "P", "I;16"):
         image = Image.fromarray(np.full((8, 8), 102 << 8, np.uint16)) if mode == "I;16" else Image.new("RGB", (8, 8), (102,) * 3).convert(mode)
         image.save(tmp_path / "image.png")
-        assert Image.open(tmp_path / "image.png").mode == mode and (evaluate.read_png(tmp_path / "image.png") == 102).all()
+        assert Image.open(tmp_path / "image.png").mode == mode and (tokenizer.read_image(tmp_path / "image.png") == 102).all()
 
 
 def test_a_part_of_another_kind_is_no_network(tmp_path):

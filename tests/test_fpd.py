@@ -8,8 +8,8 @@ from torch import nn
 import fpd
 import train
 from drift import drift
+from fpd import generators
 from models import ConvNet, MaskGIT
-from sample import generators
 from tokenizer import VQGAN
 
 SCHEDULES = ("arccos", "cosine", "linear", "square", "root")

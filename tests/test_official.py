@@ -322,16 +322,16 @@ def test_find_weights_order(tmp_path, monkeypatch):
     question = ("vqgan", None, "pretrained_maskgit/VQGAN/last.ckpt", "llvictorll/Maskgit-pytorch")
     with pytest.raises(ValueError, match="pretrained_maskgit/VQGAN/last.ckpt of repository llvictorll/Maskgit-pytorch.*"
                                          "weights.last.ckpt.*--vqgan-weights") as error:
-        tokenizer.find_weights(*question)                              # offline, see conftest
+        models.find_weights(*question)                              # offline, see conftest
     one_line(error)
     assert error.value.__suppress_context__                            # nor a traceback of the hub's
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "last.ckpt").touch()
     (tmp_path / "mine.ckpt").touch()
-    assert tokenizer.find_weights(*question) == Path("weights/last.ckpt")
-    assert tokenizer.find_weights("vqgan", "mine.ckpt", *question[2:]) == Path("mine.ckpt")
+    assert models.find_weights(*question) == Path("weights/last.ckpt")
+    assert models.find_weights("vqgan", "mine.ckpt", *question[2:]) == Path("mine.ckpt")
     with pytest.raises(ValueError, match="--vqgan-weights other.ckpt: no such file"):
-        tokenizer.find_weights("vqgan", "other.ckpt", *question[2:])
+        models.find_weights("vqgan", "other.ckpt", *question[2:])
 
 
 def test_the_hub_is_asked_last(tmp_path, monkeypatch):
@@ -340,10 +340,10 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: calls.append(url))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, filename: calls.append((repo, filename)) or "downloaded")
-    assert tokenizer.find_weights("vqgan", None, "a/last.ckpt", "some/repo") == Path("downloaded")
+    assert models.find_weights("vqgan", None, "a/last.ckpt", "some/repo") == Path("downloaded")
     assert calls[0].endswith("/some/repo/resolve/main/a/last.ckpt") and calls[1:] == [("some/repo", "a/last.ckpt")]
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, filename: "cached")
-    assert tokenizer.find_weights("vqgan", None, "a/last.ckpt", "some/repo") == Path("cached") and len(calls) == 2
+    assert models.find_weights("vqgan", None, "a/last.ckpt", "some/repo") == Path("cached") and len(calls) == 2
 
 
 def test_backbone_is_found_in_weights(files, tmp_path, monkeypatch):

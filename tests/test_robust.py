@@ -227,10 +227,10 @@ def test_a_run_killed_before_its_first_save_does_not_block_its_name(tmp_path, mo
     (folder / "samples").mkdir(parents=True)
     for name in ("config.json", "checkpoint.pt.tmp"):
         (folder / name).touch()
-    assert train.run_folder(train.Config(name="a")) == folder
+    assert sample.run_folder(train.Config(name="a")) == folder
     (folder / "log.jsonl").touch()
     with pytest.raises(ValueError, match="runs/a exists already"):
-        train.run_folder(train.Config(name="a"))
+        sample.run_folder(train.Config(name="a"))
 
 
 # ------------------------------------------------------------------------------------------------ the file
