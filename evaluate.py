@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, find_inception, load_inception
-from sample import (OFFICIAL, Parser, batches, bench_sampling, check_seed, check_writable, generate, geneval_images, load_models,
-                    model_arguments, run_command, sheet, shown, tell_cut, write_json)
+from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, run_command, sheet,
+                    shown, tell_cut, text_table, write_json)
 from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, read_image, to_float, to_uint8, world
 
 
@@ -373,19 +373,6 @@ def write_report(folder, protocol, rows, table, pictures, captions):
     return content
 
 
-# How keys are called at the head of a column, where not by themselves
-HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
-
-
-def text_table(rows, *keys):
-    """Rows, a list of dicts -> text: a line of heads, then the rows. Of the keys, those that some row has; numbers with two digits."""
-    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
-    lines = [[HEADS.get(key, key) for key in keys]] + [
-        ["" if (x := row.get(key)) is None else f"{x:.2f}" if isinstance(x, float) else str(x) for key in keys] for row in rows]
-    widths = [f"{'<' if key in ('model', 'method', 'table', 'row') else '>'}{max(map(len, x))}" for key, x in zip(keys, zip(*lines))]
-    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
-
-
 def table(content):
     """report.json's content -> text."""
     p, is_exact = content["protocol"], "scorer" in content["protocol"]
@@ -402,7 +389,7 @@ def means(scores):
 
 
 def ablation_table(content):
-    """report.json's content, as of `ablation_report` -> text."""
+    """report.json's content, as of train.ablate -> text. scores: of each seed, as of `score`"""
     p, rows = content["protocol"], []
     first = "overall" if "overall" in content["rows"][0]["scores"][0] else "fd"
     for row in content["rows"]:
@@ -413,15 +400,6 @@ def ablation_table(content):
     return (f"{p['dataset']}{', smoke: nothing was learnt' * p['smoke']}: {p['images']} images a row, seed 0; mean (smallest to largest) of "
             f"{p['seeds']} students, {p['base']['steps']} steps each; paper: its GenEval score, overall\n"
             + text_table(rows, "table", "row", first, *others, "seconds_per_step", "paper"))
-
-
-def ablation_report(rows, protocol, captions, folder):
-    """Prints the table of `train.ablate`; writes report.json and report.png (Fig. 3: one line of pictures a row).
-
-    rows   [(dict(table, row, settings, paper, scores: of each seed, as of `score`), images (n, 3, H, W) of the first seed), ...]
-    """
-    pictures = [(f"{row['row']}  {headline(means(row['scores']))}", images) for row, images in rows]
-    write_report(folder, protocol, [row for row, _ in rows], ablation_table, pictures, captions)
 
 
 # ------------------------------------------------------------------------------------------------ the table of ImageNet (Table 2)
@@ -439,23 +417,14 @@ def scores(features, logits, target):
     return row
 
 
-def timed(images, spent):
-    """The same batches; `spent` gets the seconds that making each one takes, without what is done with it."""
-    begin = time.perf_counter()
-    for chunk in images:
-        spent.append(time.perf_counter() - begin)
-        yield chunk
-        begin = time.perf_counter()
-
-
 def rows_of_models(run, target, extract, steps, n, seed, batch):
     """A row for the teacher in each of `steps` and one for the student, and their pictures: images go straight into features."""
     rows, pictures, labels = [], [], torch.arange(n) % len(run.names)             # every class equally often
     for name, model, step_count in models_of(run, steps):
         spent = []
         examples = generate(model, run.tokenizer, shown(run)[0], run.cfg, step_count, seed)             # a warm-up, too
-        images = batches(model, run.tokenizer, labels, run.cfg, step_count, seed, batch, progress=f"{name} {step_count or 1}")
-        row = dict(model=name, steps=step_count or 1, **scores(*collect(timed(images, spent), extract), target))
+        images = batches(model, run.tokenizer, labels, run.cfg, step_count, seed, batch, f"{name} {step_count or 1}", spent)
+        row = dict(model=name, steps=step_count or 1, **scores(*collect(images, extract), target))
         rows.append(row | dict(ms_per_image=1000 * sum(spent) / n))
         pictures.append((f"{name} {row['steps']}  FID {row['fid']:.1f}", examples))
     return rows, pictures
@@ -658,29 +627,6 @@ def geneval_table(scores, detector):
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def bench(args, device):
-    """--bench: prints two tables, of sampling and of a training step; bench.json in the run's folder."""
-    import train                                                               # which imports this file
-    run = load_models(args, device, teacher=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
-                   "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
-    print(content["protocol"])
-    print(text_table(content["sampling"], "model", "steps", "batch", "ms_per_image", "transformer", "decoder", "images_per_second"))
-    if args.run:                                                               # else there are no settings to train with
-        cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
-        if cfg.dataset in OFFICIAL and not cfg.smoke:
-            parts = run = None                                                 # now with Phi
-            parts = train.load_official(cfg, device)
-        else:
-            parts.captions, parts.files = run.names if run.text else None, {}
-        content["training"] = rows = train.bench_training(cfg, parts, device)
-        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}")
-        print(text_table(rows, "method", "condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update",
-                         "total", "peak_gb"))
-    write_json(Path(args.run or ".") / "bench.json", content)
-
-
 def geneval(args, device):
     """--geneval: the images of all prompts, or with --detections their scores."""
     if not args.prompts:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import tokenizer as tok
 from drift import drift_loss
-from models import ConvNet, Discriminator, load_discriminator
+from models import FEATURE_NETWORKS, ConvNet, Discriminator
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -516,6 +516,20 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     gradient, = torch.autograd.grad(gan_loss(gan_logits(discriminator, drafts, generator, sigma)), drafts)
     logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x), gan_loss=loss)
     return gradient, {key: value.detach() for key, value in logs.items()}
+
+
+def load_discriminator(weights, image_size=256, device="cpu"):
+    """StyleGAN-XL's discriminator: pretrained feature networks, everything else as random as at the start of its training.
+
+    weights   {"deit": ..., "efficientnet": ...}, paths or state dicts with timm's keys, with or without a classifier
+    ValueError in one line when a file cannot be read or does not fit
+    """
+    networks = {}
+    for cls in FEATURE_NETWORKS:
+        model, src, what = cls(), weights[cls.part], f"the discriminator's {cls.name}"
+        tok.load_strictly(model.net, tok.read_weights(src, what), tok.source_name(src, what), ignore_prefix=cls.unused)
+        networks[cls.name] = model.to(device)
+    return Discriminator(networks, image_size).to(device)
 
 
 class Gan:

@@ -149,6 +149,15 @@ def load_maskgit(src, heads=16, num_classes=1000):
     return load_strictly(model, state, name)
 
 
+def imagenet_names():
+    """The 1000 class names in the order of the labels, "tench" ... "golden retriever" (207) ... Namesakes carry their number, "crane 134"."""
+    import_timm()
+    from timm.data import ImageNetInfo
+    info = ImageNetInfo()
+    names = [info.index_to_description(i).split(",")[0] for i in range(1000)]    # the first of several synonyms
+    return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
 # ------------------------------------------------------------------------------------------------ MaskGen (Kim et al. 2025), text to image
 class AdaptiveNorm(nn.Module):
     """n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates. The LayerNorm itself, `modulate`, has no weights."""
@@ -398,13 +407,13 @@ def find_text_encoder(given=None):
     return find_weights("text", given, CLIP_FILE, CLIP_REPO, save_as=f"{CLIP_REPO.split('/')[1]}.safetensors")
 
 
-def load_text_encoder(weights=None):
+def load_text_encoder(weights):
     """CLIP's text tower with OpenAI's weights, frozen, in eval mode.
 
-    weights   path or state dict with open_clip's keys, with or without the visual tower; None: `find_text_encoder` looks for it
-    ValueError in one line when nothing is found, the file cannot be read or does not fit
+    weights   path or state dict with open_clip's keys, with or without the visual tower
+    ValueError in one line when the file cannot be read or does not fit
     """
-    weights, what = find_text_encoder() if weights is None else weights, "the text encoder"
+    what = "the text encoder"
     try:
         state = read_weights(weights, what)
     except ValueError as error:
@@ -509,14 +518,13 @@ def find_backbone(name, given=None, part="backbone"):
     return find_weights(part, given, "model.safetensors", config.hf_hub_id or f"timm/{name}", save_as=f"{name}.safetensors")
 
 
-def load_backbone(name="vit_base_patch16_dinov3.lvd1689m", weights=None, blocks=(2, 5, 8, 11), image_size=256):
+def load_backbone(name, weights, blocks=(2, 5, 8, 11), image_size=256):
     """Phi with its pretrained weights, frozen, in eval mode.
 
-    weights   path or state dict with timm's keys, complete but for a classifier; None: `find_backbone` looks for it
-    ValueError in one line when nothing is found, the file cannot be read or does not fit
+    weights   path or state dict with timm's keys, complete but for a classifier
+    ValueError in one line when the file cannot be read or does not fit
     """
     model = Backbone(name, blocks, image_size)
-    weights = find_backbone(name) if weights is None else weights
     what = f"the backbone {name}"
     # "head.": a classifier, which we do not build; "rope.": constants that timm computes itself
     load_strictly(model.net, read_weights(weights, what), source_name(weights, what), ignore_prefix=("head.", "rope."))
@@ -639,23 +647,6 @@ class Discriminator(nn.Module):
 
 
 FEATURE_NETWORKS = (DeiT, EfficientNet)
-
-
-def load_discriminator(weights=None, image_size=256, device="cpu"):
-    """StyleGAN-XL's discriminator: pretrained feature networks, everything else as random as at the start of its training.
-
-    weights   {"deit": ..., "efficientnet": ...}, paths or state dicts with timm's keys, with or without a classifier; `find_backbone`
-              looks for what is not given: find_backbone(network.name, given, network.part) for the networks of FEATURE_NETWORKS
-    ValueError in one line when a file is not found, cannot be read or does not fit
-    """
-    networks = {}
-    for cls in FEATURE_NETWORKS:
-        src = (weights or {}).get(cls.part)
-        src = find_backbone(cls.name, part=cls.part) if src is None else src
-        model, what = cls(), f"the discriminator's {cls.name}"
-        load_strictly(model.net, read_weights(src, what), source_name(src, what), ignore_prefix=cls.unused)
-        networks[cls.name] = model.to(device)
-    return Discriminator(networks, image_size).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ the FID Inception (Szegedy et al. 2015)

@@ -13,6 +13,7 @@ Also here, what the commands share: checkpoints and other files (load_run, save,
 """
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
@@ -41,7 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fpd
-from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, find_weights, import_timm, load_maskgen,
+from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, find_weights, imagenet_names, load_maskgen,
                     load_maskgit, load_text_encoder)
 from tokenizer import SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan, read_image, read_weights, to_uint8
 
@@ -133,15 +135,6 @@ def find_all(finders):
     if missing:
         raise ValueError("\n".join(missing))
     return found
-
-
-def imagenet_names():
-    """The 1000 class names in the order of the labels, "tench" ... "golden retriever" (207) ... Namesakes carry their number, "crane 134"."""
-    import_timm()
-    from timm.data import ImageNetInfo
-    info = ImageNetInfo()
-    names = [info.index_to_description(i).split(",")[0] for i in range(1000)]    # the first of several synonyms
-    return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 # ------------------------------------------------------------------------------------------------ runs on disk
@@ -401,13 +394,19 @@ def share_gradients(student, *helpers):
 
 # ------------------------------------------------------------------------------------------------ images
 @torch.no_grad()
-def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None):
-    """Images for the conditions c (N, ...), one batch (B, 3, H, W) uint8 on the CPU after the other. steps = 0: the student's single pass."""
+def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None, spent=None):
+    """Images for the conditions c (N, ...), one batch (B, 3, H, W) uint8 on the CPU after the other. steps = 0: the student's single pass.
+
+    spent: a list that gets the seconds of each batch
+    """
     device = tokenizer.E.device
     for start in tqdm(range(0, len(c), batch), progress, leave=False, disable=progress is None):
-        part = c[start:start + batch].to(device)
+        begin, part = time.perf_counter(), c[start:start + batch].to(device)
         z = fpd.tokens(model, part, fpd.generators(seed, start, len(part), device), cfg, steps)
-        yield to_uint8(tokenizer.decode(tokenizer.E[z], part)).cpu()
+        images = to_uint8(tokenizer.decode(tokenizer.E[z], part)).cpu()
+        if spent is not None:
+            spent.append(time.perf_counter() - begin)
+        yield images
 
 
 def generate(*args, **kwargs):
@@ -477,6 +476,19 @@ def geneval_images(prompts, out, make, n=4):
                 write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
 
 
+# How keys are called at the head of a column, where not by themselves
+HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
+
+
+def text_table(rows, *keys):
+    """Rows, a list of dicts -> text: a line of heads, then the rows. Of the keys, those that some row has; numbers with two digits."""
+    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    lines = [[HEADS.get(key, key) for key in keys]] + [
+        ["" if (x := row.get(key)) is None else f"{x:.2f}" if isinstance(x, float) else str(x) for key in keys] for row in rows]
+    widths = [f"{'<' if key in ('model', 'method', 'table', 'row') else '>'}{max(map(len, x))}" for key, x in zip(keys, zip(*lines))]
+    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
+
+
 # ------------------------------------------------------------------------------------------------ speed
 class Stopwatch:
     """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
@@ -519,12 +531,65 @@ def bench_sampling(run, device, batch):
     return rows
 
 
+def bench_training(distil, cfg, parts, device):
+    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is train.distil itself.
+
+    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
+    it does not need, are in memory all the same.
+    """
+    rows, public = [], cfg.dataset in OFFICIAL and not cfg.smoke
+    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
+        if public and "gan_weight" in settings and not cfg.gan_weight:
+            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
+            continue
+        watch = Stopwatch(device, "condition")
+
+        def hook(module, inputs):                                                # student and auxiliary are copies of the teacher, hook included
+            if module is parts.teacher:
+                watch.mark("refinement")
+            elif watch.part == "refinement":
+                watch.mark("auxiliary")
+        handle = parts.teacher.register_forward_pre_hook(hook)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
+        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
+        with tempfile.TemporaryDirectory() as folder:
+            distil(this, parts, Path(folder), device, watch.mark)
+        handle.remove()
+        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=peak_gb(device)))
+    return rows
+
+
 def peak_gb(device):
     """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     import resource                                                              # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def bench(args, device):
+    """--bench: prints two tables, of sampling and of a training step; bench.json in the run's folder."""
+    import train                                                               # which imports this file
+    run = load_models(args, device, teacher=True)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
+                   "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
+    print(content["protocol"])
+    print(text_table(content["sampling"], "model", "steps", "batch", "ms_per_image", "transformer", "decoder", "images_per_second"))
+    if args.run:                                                               # else there are no settings to train with
+        cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
+        if cfg.dataset in OFFICIAL and not cfg.smoke:
+            parts = run = None                                                 # now with Phi
+            parts = train.load_official(cfg, device)
+        else:
+            parts.captions, parts.files = run.names if run.text else None, {}
+        content["training"] = rows = bench_training(train.distil, cfg, parts, device)
+        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}")
+        print(text_table(rows, "method", "condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update",
+                         "total", "peak_gb"))
+    write_json(Path(args.run or ".") / "bench.json", content)
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -27,7 +27,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
 import types
 from functools import partial
@@ -43,7 +42,7 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, load_backbone
+from models import FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, imagenet_names, load_backbone
 
 
 @dataclasses.dataclass
@@ -419,7 +418,7 @@ def load_official(cfg, device):
     fpd.check_refine_steps(cfg, parts.teacher)
     if parts.captions:
         sample.tell_cut(parts.text, parts.captions)
-    parts.names = parts.captions[:8] if parts.captions else sample.imagenet_names()
+    parts.names = parts.captions[:8] if parts.captions else imagenet_names()
     return parts
 
 
@@ -455,7 +454,7 @@ def prepare(cfg, device):
         phi = dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", blocks=cfg.blocks, image_size=64)
         cached("phi", untrained(Backbone, **phi), blocks=cfg.blocks)
     if cfg.dataset == "imagenet":
-        parts.names = sample.imagenet_names()
+        parts.names = imagenet_names()
         cached("tokenizer", untrained(tok.VQGAN, ch_mult=(1, 1, 2, 2), image_size=64))
         cached("teacher", untrained(MaskGIT, num_classes=1000))
     elif cfg.dataset == "laion":
@@ -606,36 +605,6 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     return ema
 
 
-def bench_training(cfg, parts, device):
-    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is `distil` itself.
-
-    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
-    it does not need, are in memory all the same.
-    """
-    rows, public = [], cfg.dataset in sample.OFFICIAL and not cfg.smoke
-    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
-        if public and "gan_weight" in settings and not cfg.gan_weight:
-            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
-            continue
-        watch = sample.Stopwatch(device, "condition")
-
-        def hook(module, inputs):                                                # student and auxiliary are copies of the teacher, hook included
-            if module is parts.teacher:
-                watch.mark("refinement")
-            elif watch.part == "refinement":
-                watch.mark("auxiliary")
-        handle = parts.teacher.register_forward_pre_hook(hook)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
-        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
-        with tempfile.TemporaryDirectory() as folder:
-            distil(this, parts, Path(folder), device, watch.mark)
-        handle.remove()
-        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=sample.peak_gb(device)))
-    return rows
-
-
 def sample_sheet(cfg, parts, student, path):
     """Teacher in 16 steps, teacher in 1, student in 1: the same labels and captions."""
     c, captions = sample.shown(parts)
@@ -690,22 +659,23 @@ def ablate(base, root, device):
             seconds = (time.time() - begin) / (cfg.steps - start)                # sample sheets and all
         run = sample.load_run(folder, device)
         sample.write_json(folder / "score.json", evaluate.score(run, run.student, 0, *scorer) | dict(seconds_per_step=seconds))
-    (c, captions), rows = sample.shown(parts), []
+    (c, captions), rows, pictures = sample.shown(parts), [], []
     teacher = root.parent / next(iter(runs.values())).name / "teacher.json"      # beside the base, whose settings it depends on
     if not teacher.exists():
         sample.write_json(teacher, {T: evaluate.score(parts, parts.teacher, T, *scorer) for T in (16, 1)})
 
     def add(table, row, settings, paper, scores, run, model, steps):
-        rows.append((dict(table=table, row=row, settings=settings, paper=paper, scores=scores),
-                     sample.generate(model, run.tokenizer, c, run.cfg, steps, seed=0)))
+        rows.append(dict(table=table, row=row, settings=settings, paper=paper, scores=scores))
+        pictures.append((f"{row}  {evaluate.headline(evaluate.means(scores))}", sample.generate(model, run.tokenizer, c, run.cfg, steps, seed=0)))
     for T, score in json.loads(teacher.read_text()).items():
         add("", f"teacher {T}", {}, None, [score], parts, parts.teacher, int(T))
     for table, row, settings, paper in ABLATIONS:
         folders = [root.parent / cfg.name for (other, _), cfg in runs.items() if other == row]
         run = sample.load_run(folders[0], device)
         add(table, row, settings, paper, [json.loads((folder / "score.json").read_text()) for folder in folders], run, run.student, 0)
-    evaluate.ablation_report(rows, dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations, device=device,
-                                        torch=torch.__version__, base=dataclasses.asdict(base)), captions, root)
+    protocol = dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations, device=device, torch=torch.__version__,
+                    base=dataclasses.asdict(base))
+    evaluate.write_report(root, protocol, rows, evaluate.ablation_table, pictures, captions)     # pictures as in Fig. 3
 
 
 def main():

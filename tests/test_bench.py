@@ -6,7 +6,6 @@ import pytest
 from conftest import in_process, refused
 from test_fpd import System
 
-import evaluate
 import sample
 
 
@@ -23,7 +22,7 @@ def test_bench_prints_and_keeps_every_row(tmp_path, monkeypatch):
     system = System(dataset="imagenet", smoke=True, far=0.25, refine_steps=2)
     run = types.SimpleNamespace(cfg=system.cfg, names=["a", "b", "c"], text=None, bank=None, tokenizer=system.vq, phi=system.phi,
                                 teacher=system.teacher, student=system.student)
-    monkeypatch.setattr(evaluate, "load_models", lambda *args, **kwargs: run)
+    monkeypatch.setattr(sample, "load_models", lambda *args, **kwargs: run)
     done = in_process("evaluate.py --bench --run . --batch 3", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "bench.json").read_text())

@@ -349,7 +349,7 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
 def test_backbone_is_found_in_weights(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"model.safetensors of .* timm/{TINY_BACKBONE}.*weights.{TINY_BACKBONE}.safetensors") as error:
-        models.load_backbone(TINY_BACKBONE)
+        models.find_backbone(TINY_BACKBONE)
     one_line(error)
     (tmp_path / "weights").symlink_to(files["backbone"].parent)
-    assert math.isfinite(models.load_backbone(TINY_BACKBONE).maps(torch.zeros(1, 3, 32, 32))[-1].sum())
+    assert math.isfinite(models.load_backbone(TINY_BACKBONE, models.find_backbone(TINY_BACKBONE)).maps(torch.zeros(1, 3, 32, 32))[-1].sum())

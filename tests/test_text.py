@@ -249,8 +249,8 @@ def test_every_missing_file_is_listed_at_once(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "real" / "one.png")
     expected = [("tokenizer", "model.safetensors", "turkeyju/tokenizer_tatitok_bl128_vq"),
                 ("teacher", "model.safetensors", "turkeyju/generator_maskgen_vq_l"),
-                ("backbone", "model.safetensors", "timm/vit_base_patch16_dinov3.lvd1689m"),
                 ("text", "open_clip_model.safetensors", "timm/vit_large_patch14_clip_336.openai"),
+                ("backbone", "model.safetensors", "timm/vit_base_patch16_dinov3.lvd1689m"),
                 ("deit", "model.safetensors", "timm/deit_base_distilled_patch16_224"),
                 ("efficientnet", "model.safetensors", "timm/tf_efficientnet_lite0")]
     def check(line, parts):
@@ -261,7 +261,7 @@ def test_every_missing_file_is_listed_at_once(tmp_path):
             assert f"weights/{repo.split('/')[1]}.safetensors" in text and f"--{part}-weights" in text, text
     check("train.py --dataset laion --captions captions.txt", expected[:4])
     check("train.py --dataset laion --captions captions.txt --gan-weight 0.5 --data real", expected)
-    check("sample.py --dataset laion --teacher", expected[:2] + expected[3:4])
+    check("sample.py --dataset laion --teacher", expected[:3])
     refused(in_process("train.py --dataset laion --captions captions.txt --gan-weight 1 --data real --deit-weights none.pt", tmp_path),
             "--deit-weights none.pt: no such file", lines=6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "real"]
