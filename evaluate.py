@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, find_inception, load_inception
-from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, run_command, sheet,
-                    shown, tell_cut, text_table, write_json)
+from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, models_of, run_command,
+                    sheet, shown, tell_cut, text_table, write_json)
 from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, read_image, to_float, to_uint8, world
 
 
@@ -317,11 +317,6 @@ def scorer(run, real, n):
 def score(run, model, steps, asked, c, metrics):
     """The numbers of one model's images, seed 0. steps = 0: the student's single pass. asked, c, metrics: as of `scorer`"""
     return metrics(generate(model, run.tokenizer, c, run.cfg, steps, seed=0, progress="score"), asked)
-
-
-def models_of(run, steps):
-    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
-    return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
 
 
 def headline(row):

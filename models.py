@@ -32,7 +32,7 @@ def find_weights(part, given, filename, repo, save_as=None):
     save_as    its name under weights/, where the file's own (model.safetensors) says too little
     ValueError in one line that names file, repository and place
     """
-    if given is not None:
+    if given:
         if not Path(given).is_file():
             raise ValueError(f"--{part}-weights {given}: no such file")
         return Path(given)
@@ -400,11 +400,6 @@ class TextEncoder(nn.Module):
 
 
 CLIP_FILE, CLIP_REPO = "open_clip_model.safetensors", "timm/vit_large_patch14_clip_336.openai"      # what open_clip's tag "openai" loads
-
-
-def find_text_encoder(given=None):
-    """Path of the weights: the user's own file, else weights/vit_large_patch14_clip_336.openai.safetensors, else the hub."""
-    return find_weights("text", given, CLIP_FILE, CLIP_REPO, save_as=f"{CLIP_REPO.split('/')[1]}.safetensors")
 
 
 def load_text_encoder(weights):

@@ -43,7 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fpd
-from models import (Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_text_encoder, find_weights, imagenet_names, load_maskgen,
+from models import (CLIP_FILE, CLIP_REPO, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_weights, imagenet_names, load_maskgen,
                     load_maskgit, load_text_encoder)
 from tokenizer import SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan, read_image, read_weights, to_uint8
 
@@ -52,7 +52,8 @@ FORMAT = 2                                                                      
 OFFICIAL = {"imagenet": {"tokenizer": ("llvictorll/Maskgit-pytorch", "pretrained_maskgit/VQGAN/last.ckpt", load_vqgan),
                          "teacher": ("llvictorll/Maskgit-pytorch", "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth", load_maskgit)},
             "laion": {"tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors", load_tatitok),
-                      "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen)}}
+                      "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
+                      "text": (CLIP_REPO, CLIP_FILE, load_text_encoder)}}
 PARTS = (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words, TextEncoder, fpd.Bank)    # what a prepared network can be
 # What is drawn of the public MaskGen when nobody says what
 CAPTIONS = ["a photo of a dog", "a red car next to a blue house", "three green apples on a wooden table", "a lighthouse at sunset",
@@ -84,20 +85,17 @@ def load_part(path, device):
     return frozen(fill(part, state, str(path)), device)
 
 
-def official(dataset, part, given=None):
-    """Path of the official "tokenizer", "teacher" or "text" of imagenet or laion: the user's own file, else weights/, else the hub."""
-    if part == "text":
-        return find_text_encoder(given or None)
-    repo, file, _ = OFFICIAL[dataset][part]
-    return find_weights(part, given or None, file, repo, save_as=f"{repo.split('/')[1]}.safetensors" if file == "model.safetensors" else None)
-
-
 def official_files(dataset, teacher, given):
-    """What official networks need to draw images -> {part: function that finds its file}, for `find_all`. given: {part: the user's own file}"""
-    if given.get("text") and dataset != "laion":
+    """The official networks that draw images -> {part: function that finds its file}, for `find_all`: the user's own, else weights/, else the hub.
+
+    teacher: is it needed?   given: {part: the user's own file}
+    """
+    def find(part):
+        repo, file, _ = OFFICIAL[dataset][part]
+        return find_weights(part, given.get(part), file, repo, f"{repo.split('/')[1]}.safetensors" if file.endswith(".safetensors") else None)
+    if given.get("text") and "text" not in OFFICIAL[dataset]:
         raise ValueError(f"--text-weights goes with --dataset laion: there is no text in {dataset}")
-    parts = ["tokenizer"] + ["teacher"] * teacher + ["text"] * (dataset == "laion")
-    return {part: partial(official, dataset, part, given.get(part)) for part in parts}
+    return {part: partial(find, part) for part in OFFICIAL[dataset] if teacher or part != "teacher"}
 
 
 def load_official(r, dataset, files, device, student=None):
@@ -111,9 +109,10 @@ def load_official(r, dataset, files, device, student=None):
     r.tokenizer.encoder = None                                                   # nothing is encoded: 0.8 GB less of TA-TiTok
     r.teacher = load("teacher", files["teacher"]) if "teacher" in files else None
     r.student = load("teacher", student) if student else None
-    r.text = frozen(load_text_encoder(files["text"]), device) if "text" in files else None
+    r.text = load("text", files["text"]) if "text" in files else None
     for model in filter(None, (r.student, r.teacher)):
-        check_fit(model, r.tokenizer)
+        if (model.K, model.L) != (r.tokenizer.K, r.tokenizer.L):
+            raise ValueError(f"the transformer answers with {model.L} tokens of {model.K} codes, the tokenizer has {r.tokenizer.L} of {r.tokenizer.K}")
         set_text(r.text, model)
     return r
 
@@ -216,12 +215,6 @@ def load_public(dataset, student_file, teacher, given, init_mask, device):
     cfg.init_mask = cfg.init_mask if init_mask is None else init_mask
     r = types.SimpleNamespace(cfg=cfg, names=imagenet_names() if dataset == "imagenet" else CAPTIONS, step=None, phi=None, judge=None)
     return load_official(r, dataset, files, device, student_file)
-
-
-def check_fit(model, tokenizer):
-    """ValueError when a transformer and a tokenizer do not belong together."""
-    if (model.K, model.L) != (tokenizer.K, tokenizer.L):
-        raise ValueError(f"the transformer answers with {model.L} tokens of {model.K} codes, the tokenizer has {tokenizer.L} of {tokenizer.K}")
 
 
 # ------------------------------------------------------------------------------------------------ stopping and going on
@@ -427,6 +420,11 @@ def shown(run):
     return c, [run.names[i] for i in c]
 
 
+def models_of(run, steps):
+    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
+    return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
+
+
 def sheet(rows, captions, zoom=None):
     """A labelled grid. rows: [(title, images (n, 3, H, W) uint8), ...], captions: n strings above the columns -> PIL image."""
     n, _, H, W = rows[0][1].shape
@@ -514,8 +512,8 @@ class Stopwatch:
 @torch.no_grad()
 def bench_sampling(run, device, batch):
     """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and `batch` at a time."""
-    rows, models = [], [("teacher", run.teacher, T) for T in (1, 4, 8, 16)]
-    for name, model, steps in [("student", run.student, 0)] * (run.student is not None) + models * (run.teacher is not None):
+    rows = []
+    for name, model, steps in models_of(run, (16, 8, 4, 1) if run.teacher else ()):
         for n in sorted({1, batch}):
             watch, c = Stopwatch(device, "transformer"), shown(run)[0]
             c = c[torch.arange(n) % len(c)].to(device)

@@ -404,10 +404,10 @@ def load_official(cfg, device):
     """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
     parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None, bank=None)
     finders = sample.official_files(cfg.dataset, True, dict(tokenizer=cfg.tokenizer_weights, teacher=cfg.teacher_weights, text=cfg.text_weights))
-    finders["phi"] = partial(find_backbone, cfg.backbone, cfg.backbone_weights or None)
+    finders["phi"] = partial(find_backbone, cfg.backbone, cfg.backbone_weights)
     if cfg.gan_weight:
         parts.real_files = tok.image_files(cfg.data)
-        finders |= {cls.part: partial(find_backbone, cls.name, getattr(cfg, f"{cls.part}_weights") or None, cls.part) for cls in FEATURE_NETWORKS}
+        finders |= {cls.part: partial(find_backbone, cls.name, getattr(cfg, f"{cls.part}_weights"), cls.part) for cls in FEATURE_NETWORKS}
     files = sample.find_all(finders)
     for part, path in files.items():
         print(f"loading {part} from {path}", flush=True)

@@ -26,7 +26,7 @@ def test_bench_prints_and_keeps_every_row(tmp_path, monkeypatch):
     done = in_process("evaluate.py --bench --run . --batch 3", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "bench.json").read_text())
-    models = [("student", 1)] + [("teacher", steps) for steps in (1, 4, 8, 16)]
+    models = [("teacher", steps) for steps in (16, 8, 4, 1)] + [("student", 1)]
     assert [(row["model"], row["steps"], row["batch"]) for row in content["sampling"]] == [(*model, n) for model in models for n in (1, 3)]
     for row in content["sampling"]:
         assert 0 < row["transformer"] < row["ms_per_image"] and row["images_per_second"] * row["ms_per_image"] == pytest.approx(1000)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import fpd
 import models
+import sample
 
 SCHEDULES = load_case("maskgen_vq", "schedules").info
 
@@ -303,9 +304,9 @@ def test_a_torchscript_archive_is_named(tmp_path):
 def test_where_the_text_encoder_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="open_clip_model.safetensors of repository timm/vit_large_patch14_clip_336.openai.*--text-weights") as error:
-        models.find_text_encoder()                                     # offline, see conftest
+        sample.official_files("laion", False, {})["text"]()            # offline, see conftest
     one_line(error)
     (tmp_path / "weights").mkdir()
     place = tmp_path / "weights" / "vit_large_patch14_clip_336.openai.safetensors"
     place.touch()
-    assert models.find_text_encoder().resolve() == place
+    assert sample.official_files("laion", False, {})["text"]().resolve() == place
