@@ -1,4 +1,4 @@
-"""fpd.py - Fixed-Point Distillation (Sec. 3.1 to 3.4): masking, the multi-step sampler, the lift, and one training step.
+"""fpd.py - Fixed-Point Distillation (Sec. 3.1 to 3.4): masking, the multi-step sampler, the lift, one training step and what it needs around it.
 
 Below them the GAN, and a step of two other methods, for comparison.
 

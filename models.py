@@ -1,4 +1,4 @@
-"""models.py - the networks: MaskGIT and MaskGen (student and teacher), text encoders, the feature backbone Phi, and more; official weights.
+"""models.py - the networks: MaskGIT and MaskGen (student and teacher), text encoders, the feature backbone Phi, and more; their weights.
 
     z (B, L) codes or mask, labels (B,)  -- MaskGIT --> logits (B, L, K)          student g_theta and teacher f_phi (Sec. 3.1)
     z, text c (B, rows, W)               -- MaskGen --> logits (B, L, K)          the same with captions

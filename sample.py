@@ -9,7 +9,8 @@
 
 Image i depends on the seed and on i alone, not on the batch size (every image has its own random generator).
 train.py draws its sample sheets and evaluate.py its thousands of images with the functions below.
-Also here, what the commands share: checkpoints and other files (load_run, save, write_json), one process for each GPU (launch), time (Stopwatch).
+Also here, what the commands share: networks and runs on disk (load_run, save, write_json), one process for each GPU (launch), tables as text
+(text_table), time and memory (Stopwatch, bench).
 """
 import argparse
 import copy

@@ -5,7 +5,7 @@
                                                +------------ decode <-----------+  (fpd.py's straight-through embeddings enter here)
 
 Images are float in [-1, 1] between functions; datasets are kept as uint8 to save memory. Imports none of our files.
-Also here, since every file of ours may import this one: finding and reading files of pretrained weights.
+Also here, since every file of ours may import this one: reading files of pretrained weights.
 
     B images in the batch   L tokens per image   K codebook entries   d code width   P = sqrt(L) tokens per side
 """

@@ -539,7 +539,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     gan = fpd.Gan(cfg, parts, device, n_ranks) if cfg.gan_weight else None
     other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
-        print(f"memory: about {fpd.memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (estimate; --lift-chunk N needs less, more slowly)")
+        print(f"memory: about {fpd.memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (an estimate; --lift-chunk N needs less)")
     if cfg.resume:
         start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
     drafting, recent = sample.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
@@ -560,10 +560,9 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps, disable=rank > 0)
     with log, sample.ctrl_c() as interrupted:
         for step in bar:
-            for group in opt.param_groups:
-                group["lr"] = fpd.learning_rate(step, cfg)
+            opt.param_groups[0]["lr"] = fpd.learning_rate(step, cfg)
             mark("condition")
-            c = fpd.draw_condition(parts, cfg, generator).to(device)                 # (B, ...)
+            c = fpd.draw_condition(parts, cfg, generator).to(device)             # (B, ...)
             mark("student")
             with half:
                 if other:
@@ -589,7 +588,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
-            fpd.update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))     # the ramp forgets the teacher's first drafts
+            fpd.update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))  # the ramp forgets the teacher's first drafts
             if step % cfg.log_every == 0:
                 tell(log, bar, {"step": step, "loss": loss.item(), **{k: float(v) for k, v in logs.items()}}, gan)
             if step % cfg.sample_every == 0 and rank == 0:
@@ -599,8 +598,8 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 save_state(step)
             if stop:
                 bar.close()
-                how = "the same command" if cfg.ablations else f"python train.py --resume --name {folder.name}"
-                print(f"\nstopped; saved after step {step}. Go on with: {how}")
+                print(f"\nstopped; saved after step {step}. Go on with: "
+                      + ("the same command" if cfg.ablations else f"python train.py --resume --name {folder.name}"))
                 sys.exit(0 if rank else 130)                                     # whoever fails first ends the others, even while rank 0 saves
     return ema
 
