@@ -53,18 +53,18 @@ def find_weights(part, given, filename, repo, save_as=None):
 
 # ------------------------------------------------------------------------------------------------ MaskGIT (Besnier and Chen 2023, version 1)
 class Attention(nn.Module):
-    def __init__(self, width, heads, dropout):
+    def __init__(self, width, heads):
         super().__init__()
-        self.mha = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.mha = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, x):
         return self.mha(x, x, x, need_weights=False)[0]
 
 
 class MLP(nn.Module):
-    def __init__(self, width, hidden, dropout):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout))
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, width))
 
     def forward(self, x):
         return self.net(x)
@@ -85,20 +85,20 @@ class MaskGIT(nn.Module):
     One table of K + 1 + num_classes + 1 rows holds everything:  0 .. K-1 codes | K mask | K+1 .. K+num_classes classes | null class
     forward(z (B, L) long 0..K, labels (B,) long, drop (B,) bool | None: True = null class) -> logits (B, L, K)
     """
-    def __init__(self, K=128, L=64, num_classes=24, width=128, depth=4, heads=4, mlp=512, dropout=0.0):
+    def __init__(self, K=128, L=64, num_classes=24, width=128, depth=4, heads=4, mlp=512):
         super().__init__()
         self.K, self.L, self.num_classes = K, L, num_classes
         rows = K + 1 + num_classes + 1
         self.pos_emb = nn.Parameter(torch.zeros(1, L + 1, width))
         self.bias = nn.Parameter(torch.zeros(L + 1, rows))                       # of the output; one per position and row
         self.tok_emb = nn.Embedding(rows, width)
-        # the official key names count the dropout modules, hence the exact order
-        self.first_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-12), nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(),
-                                         nn.LayerNorm(width, eps=1e-12), nn.Dropout(dropout), nn.Linear(width, width))
+        # the official key names count the dropout modules, which nothing here needs: an Identity in the place of each
+        self.first_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width), nn.GELU(),
+                                         nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width))
         self.transformer = nn.Module()
-        self.transformer.layers = nn.ModuleList(nn.ModuleList([PreNorm(width, Attention(width, heads, dropout)),
-                                                               PreNorm(width, MLP(width, mlp, dropout))]) for _ in range(depth))
-        self.last_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-12), nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(),
+        self.transformer.layers = nn.ModuleList(nn.ModuleList([PreNorm(width, Attention(width, heads)), PreNorm(width, MLP(width, mlp))])
+                                                for _ in range(depth))
+        self.last_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width), nn.GELU(),
                                         nn.LayerNorm(width, eps=1e-12))
         for p in self.parameters():                                              # officially 0.02 everywhere, which at small widths is a slow
             if p.ndim > 1 and p is not self.bias:                                # start: now every layer keeps the variance (see README)

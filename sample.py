@@ -426,10 +426,10 @@ def models_of(run, steps):
     return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
 
 
-def sheet(rows, captions, zoom=None):
+def sheet(rows, captions):
     """A labelled grid. rows: [(title, images (n, 3, H, W) uint8), ...], captions: n strings above the columns -> PIL image."""
     n, _, H, W = rows[0][1].shape
-    zoom = zoom or max(1, 96 // W)                                               # small worlds are shown enlarged
+    zoom = max(1, 96 // W)                                                       # small worlds are shown enlarged
     font, left, gap = ImageFont.load_default(12), 8 + 7 * max(len(title) for title, _ in rows), 2
     w, h = W * zoom + gap, H * zoom + gap
     wrapped = [textwrap.wrap(caption, max(8, w // 7), max_lines=5, placeholder=" ...") for caption in captions]
@@ -475,6 +475,7 @@ def geneval_images(prompts, out, make, n=4):
                 write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
 
 
+# ------------------------------------------------------------------------------------------------ tables and speed
 # How keys are called at the head of a column, where not by themselves
 HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
 
@@ -488,7 +489,6 @@ def text_table(rows, *keys):
     return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------ speed
 class Stopwatch:
     """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
     def __init__(self, device, first):

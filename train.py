@@ -527,7 +527,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
     rank, n_ranks = sample.ranks()
-    student = copy.deepcopy(parts.teacher).requires_grad_(True)                  # dropout stays off: eval mode
+    student = copy.deepcopy(parts.teacher).requires_grad_(True)
     for p in student.text_parameters() if cfg.freeze_text else ():
         p.requires_grad_(False)
     ema = copy.deepcopy(parts.teacher)
