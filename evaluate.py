@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, find_inception, load_inception
-from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, models_of, run_command,
-                    sheet, shown, tell_cut, text_table, write_json)
+from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, models_of,
+                    run_command, sheet, shown, tell_cut, text_table, write_json)
 from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, read_image, to_float, to_uint8, world
 
 

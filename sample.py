@@ -111,9 +111,10 @@ def load_official(r, dataset, files, device, student=None):
     r.teacher = load("teacher", files["teacher"]) if "teacher" in files else None
     r.student = load("teacher", student) if student else None
     r.text = load("text", files["text"]) if "text" in files else None
+    K, L = r.tokenizer.K, r.tokenizer.L
     for model in filter(None, (r.student, r.teacher)):
-        if (model.K, model.L) != (r.tokenizer.K, r.tokenizer.L):
-            raise ValueError(f"the transformer answers with {model.L} tokens of {model.K} codes, the tokenizer has {r.tokenizer.L} of {r.tokenizer.K}")
+        if (model.K, model.L) != (K, L):
+            raise ValueError(f"the transformer answers with {model.L} tokens of {model.K} codes, the tokenizer has {L} of {K}")
         set_text(r.text, model)
     return r
 
