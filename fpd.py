@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -385,6 +386,25 @@ def learning_rate(step, cfg):
 def update_ema(ema, student, decay):
     for p, q in zip(ema.parameters(), student.parameters()):
         p.lerp_(q, 1 - decay)
+
+
+def average_gradients(opt, *_):
+    """Before a step of `opt`: the mean of all processes' gradients, in place."""
+    for p in (p for group in opt.param_groups for p in group["params"]):
+        p.grad /= dist.get_world_size()
+        dist.all_reduce(p.grad)
+
+
+def share_gradients(student, *helpers):
+    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return student
+    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
+    for helper in helpers:
+        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
+            helper.opt.register_step_pre_hook(average_gradients)
+    return shared
 
 
 def memory(student, parts, cfg, half, c):

@@ -40,7 +40,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 from tqdm import tqdm
 
 import fpd
@@ -366,25 +365,6 @@ def gather(x):
     if dist.is_initialized():
         dist.all_gather_object(everything, x)
     return everything
-
-
-def average_gradients(opt, *_):
-    """Before a step of `opt`: the mean of all processes' gradients, in place."""
-    for p in itertools.chain(*(group["params"] for group in opt.param_groups)):
-        p.grad /= ranks()[1]
-        dist.all_reduce(p.grad)
-
-
-def share_gradients(student, *helpers):
-    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
-    if ranks()[1] == 1:
-        return student
-    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
-    for helper in helpers:
-        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
-            helper.opt.register_step_pre_hook(average_gradients)
-    return shared
 
 
 # ------------------------------------------------------------------------------------------------ images

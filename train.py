@@ -542,7 +542,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
         print(f"memory: about {fpd.memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (an estimate; --lift-chunk N needs less)")
     if cfg.resume:
         start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
-    drafting, recent = sample.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
+    drafting, recent = fpd.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
 
     def save_state(step):
         sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
