@@ -671,7 +671,7 @@ class Table(dict):
 class TensorsOnly:
     """For torch.load, in place of the module pickle: it knows tensors and OrderedDict. Any other global becomes a kind of Inert, so that
     nothing of the file is called: as safe as weights_only=True, which refuses such files as a whole."""
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):                                         # the one in C takes all memory where a damaged file says so
         def find_class(self, module, name):
             if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
                 return getattr(torch._utils, name)

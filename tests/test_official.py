@@ -2,7 +2,9 @@
 import math
 import os
 import pickle
+import resource
 import types
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -302,6 +304,17 @@ def test_a_malicious_file_is_harmless(tmp_path):
     torch.save({"callbacks": Malicious(marker), "state_dict": state}, path)
     assert torch.equal(tokenizer.load_vqgan(path, 32).E, state["quantize.embedding.weight"])
     assert not marker.exists()
+
+
+def test_a_damaged_file_takes_no_memory(tmp_path):
+    """A pickle says at which place of a list an object is kept: here far behind the end. The unpickler in C would make the list as long."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w") as file:
+        file.writestr("x/version", "3\n")
+        file.writestr("x/data.pkl", b"\x80\x02cgone\nThing\nr" + (2 ** 27).to_bytes(4, "little") + b".")
+    with pytest.raises(ValueError, match="no state dict"):
+        tokenizer.load_vqgan(tmp_path / "last.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 20     # KiB; a list of 2^28 places would take 2 GiB
 
 
 def test_inert_reader_returns_the_same_tensors(tmp_path):
