@@ -1,12 +1,14 @@
-"""The commands of README.md: every flag in them exists, and what a CPU can run without official files runs."""
+"""The commands of README.md: what a CPU can run without official files runs, training in its smoke form; the others miss nothing else."""
 import json
 import shlex
 
 import pytest
 import torch
 from conftest import ROOT, in_process, own_copy, refused
+from PIL import Image
 
 import evaluate
+import tokenizer
 import train
 
 BLOCKS = (ROOT / "README.md").read_text().split("\n```")[1::2]
@@ -16,7 +18,7 @@ LINES = list(dict.fromkeys(shlex.join(words) for words in LINES if words[0].ends
 
 @pytest.fixture(scope="module")
 def worlds(smoke_runs, tmp_path_factory):
-    """-> function: name of a dataset -> a folder with a smoke run of it and GenEval's files for one prompt"""
+    """-> function: name of a dataset -> a folder with a smoke run of it, GenEval's files for one prompt, and DIR with images of two classes"""
     folders = {}
 
     def world(dataset):
@@ -25,6 +27,9 @@ def worlds(smoke_runs, tmp_path_factory):
             prompt = dict(tag="single_object", include=[{"class": "dog", "count": 1}], prompt="a photo of a dog")
             (folder / "evaluation_metadata.jsonl").write_text(json.dumps(prompt))
             (folder / "FILE").write_text(json.dumps(dict(image="00000/samples/0000.png", detections=[])))
+            for i, image in enumerate(tokenizer.shapes(torch.arange(40) % 2, 0)):
+                (folder / "DIR" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "DIR" / "ab"[i % 2] / f"{i}.png")
         return folders[dataset]
     return world
 
@@ -34,15 +39,21 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("train.py")])
-def test_settings_of_training_are_understood(line, worlds, monkeypatch):
-    """On a machine with GPUs. Smoke runs of every dataset are in other files."""
-    _, *words = shlex.split(line)
-    if "--resume" in words:
-        monkeypatch.chdir(worlds("shapes"))                              # made before there seem to be GPUs
-        words += ["--steps", "9"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    train.parse(words)
+def test_training_runs(line, worlds, monkeypatch, no_pictures):
+    """With --smoke in place of hours, over networks that are there. --ablations: the first row of its table."""
+    monkeypatch.setattr(train, "ABLATIONS", train.ABLATIONS[:1])
+    words = shlex.split(line)
+    if "--gpus" in words or "laion" in words:
+        done = in_process(words, worlds("laion"))
+        refused(done, lines=done.stderr.count("\n"))
+        assert "no weights for" in done.stderr or "CUDA devices here" in done.stderr
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        train.parse(words[1:])                                           # all is well where there are GPUs
+    else:
+        words += ["--steps", "5"] if "--resume" in words else ["--smoke"]
+        done = in_process(words, worlds("scenes" if "scenes" in words else "shapes"))
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if not line.startswith("train.py")])
