@@ -230,6 +230,7 @@ def scored(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_scores_of_a_folder(scored):
     """The same images against themselves: distance 0, everything precise and recalled; mu and sigma alone give no precision."""
     line = "evaluate.py --folder png --images 12 --inception-weights inception.pth --inception-path legacy --reference "
@@ -249,6 +250,7 @@ def test_scores_of_a_folder(scored):
     assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
 
 
+@pytest.mark.slow
 def test_scores_of_a_run(scored, smoke):
     """Teacher and student, straight from the generator; the protocol is stored beside the scores."""
     folder, _ = smoke
