@@ -287,7 +287,7 @@ def versions():
     """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
     git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
-    return dict(python=platform.python_version(), torch=version("torch"), numpy=version("numpy"), git=git or "unknown")
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=version("numpy"), git=git or "unknown")
 
 
 def check_finite(recent, stage, good):

@@ -292,7 +292,7 @@ def test_wrong_text_encoder_files(fault, words, monkeypatch):
     one_line(error)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch\\.jit:DeprecationWarning", "ignore:.*TorchScript archive:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript archive:UserWarning")
 def test_a_torchscript_archive_is_named(tmp_path):
     """OpenAI's own file is one; it holds a program, which is never run."""
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14-336px.pt")
