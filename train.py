@@ -527,10 +527,9 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
     rank, n_ranks = sample.ranks()
-    student = copy.deepcopy(parts.teacher).requires_grad_(True)
+    student, ema = copy.deepcopy(parts.teacher).requires_grad_(True), copy.deepcopy(parts.teacher)
     for p in student.text_parameters() if cfg.freeze_text else ():
         p.requires_grad_(False)
-    ema = copy.deepcopy(parts.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
