@@ -653,7 +653,7 @@ def geneval(args, device):
         z = fpd.tokens(model, c, [g for i in numbers for g in fpd.generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
         return to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
     with torch.no_grad():
-        geneval_images(prompts, out, make)
+        geneval_images(prompts, args.prompts, out, make)
     print(f"{out}: 4 images of each prompt | {f'teacher, {steps} steps' if steps else 'student, 1 step'} | seed {args.seed} | next: a detector's "
           "findings, then evaluate.py --geneval --prompts FILE --detections FILE")
 

@@ -14,6 +14,7 @@ The student is right when its drafts have the distribution of their own refineme
     generator: one torch.Generator for the batch, or a list of B, one per image (then image i does not depend on its batch)
 """
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -390,9 +391,10 @@ def update_ema(ema, student, decay):
 
 def average_gradients(opt, *_):
     """Before a step of `opt`: the mean of all processes' gradients, in place."""
-    for p in (p for group in opt.param_groups for p in group["params"]):
-        p.grad /= dist.get_world_size()
-        dist.all_reduce(p.grad)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad /= dist.get_world_size()
+            dist.all_reduce(p.grad)
 
 
 def share_gradients(student, *helpers):
@@ -413,8 +415,7 @@ def memory(student, parts, cfg, half, c):
     The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
     bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
     """
-    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, copy.copy(cfg))
-    lift.cfg.lift_chunk = None
+    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
     networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
     if parts.text:
         networks.append(parts.text)

@@ -151,7 +151,7 @@ def run_folder(cfg):
     runs = Path("runs")
     name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
     if cfg.ablations:
-        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see `ablate`
+        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see train.ablate
     if cfg.resume:
         folder = runs / cfg.name if cfg.name else newest_run(runs)
         if not (folder / "checkpoint.pt").is_file():
@@ -427,10 +427,11 @@ def sheet(rows, captions):
     return picture
 
 
-def geneval_images(prompts, out, make, n=4):
+def geneval_images(prompts, source, out, make, n=4):
     """The images of every prompt (evaluate.read_prompts), in the folders that GenEval's scorer reads. Those that are there are not made again.
 
     OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
+    source    the file that the prompts are from
     make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
               from the seed and these two numbers alone, whichever others are wanted with it
     """
@@ -443,7 +444,7 @@ def geneval_images(prompts, out, make, n=4):
     for folder, prompt in zip(folders, prompts):                               # all of them before the first image
         path, text = folder / "metadata.jsonl", json.dumps(prompt)
         if path.exists() and path.read_text() != text:
-            raise ValueError(f"{path} has another prompt: {out} was made for another file of prompts")
+            raise ValueError(f"{path} has another prompt than {source}: {out} was made for another file")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda new: new.write_text(text))
     for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):

@@ -646,8 +646,13 @@ def read_file(path):
         reason = error
     except Exception as error:                                                  # a damaged file can make an unpickler raise anything
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-        if not is_zip and path.suffix != ".safetensors":
-            reason = "it is empty, cut short (a download that stopped?) or no torch file, or from before torch 1.6 with more than tensors in it"
+        with open(path, "rb") as file:
+            begin = file.read(2)
+        if not begin:
+            reason = "it is empty"
+        elif not is_zip and path.suffix != ".safetensors":
+            reason = ("it is cut short (a download that stopped?)" if begin == b"PK" else
+                      "it is no torch file, or one from before torch 1.6 that holds more than tensors")
     raise ValueError(f"{path} cannot be read as weights: {reason}")
 
 

@@ -248,7 +248,7 @@ def test_images_to_be_scored_may_be_of_any_mode(tmp_path):
     for mode in ("L", "RGBA", "P", "I;16"):
         image = Image.fromarray(np.full((8, 8), 102 << 8, np.uint16)) if mode == "I;16" else Image.new("RGB", (8, 8), (102,) * 3).convert(mode)
         image.save(tmp_path / "image.png")
-        assert mode.startswith(Image.open(tmp_path / "image.png").mode)          # older Pillows say I for I;16
+        assert Image.open(tmp_path / "image.png").mode in (mode, mode.removesuffix(";16"))       # older Pillows say I for I;16
         assert (tokenizer.read_image(tmp_path / "image.png") == 102).all()
 
 

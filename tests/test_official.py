@@ -335,7 +335,7 @@ def test_find_weights_order(tmp_path, monkeypatch):
     question = ("vqgan", None, "pretrained_maskgit/VQGAN/last.ckpt", "llvictorll/Maskgit-pytorch")
     with pytest.raises(ValueError, match="pretrained_maskgit/VQGAN/last.ckpt of repository llvictorll/Maskgit-pytorch.*"
                                          "weights.last.ckpt.*--vqgan-weights") as error:
-        models.find_weights(*question)                              # offline, see conftest
+        models.find_weights(*question)                                 # offline, see conftest
     one_line(error)
     assert error.value.__suppress_context__                            # nor a traceback of the hub's
     (tmp_path / "weights").mkdir()
