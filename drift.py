@@ -28,7 +28,7 @@ def double_softmax(logits, floor):
     return (logits.softmax(2) * logits.softmax(1)).clamp(min=floor).sqrt()
 
 
-def drift(X, Y, h, joint=True, self_negative=False, own_target=True, floor=0.0):
+def drift(X, Y, h, joint=True, self_negative=False, own_target=False, floor=0.0):
     """Where the drafts should move: V_h of Eq. 6, for one bandwidth.
 
     X (B, F, D)      features of the drafts; they are also each other's negatives, the X_sigma(j) of Eq. 6
@@ -38,8 +38,8 @@ def drift(X, Y, h, joint=True, self_negative=False, own_target=True, floor=0.0):
     joint            True: attraction and repulsion share one normalisation and balance each other (Deng et al. 2026).
                      False: each has its own, as Eq. 6 is printed
     self_negative    is X_i one of the negatives of X_i? (It exerts no force, but it takes its share of the affinity.)
-    own_target       is Y_i, its own refinement, one of the targets of X_i? With neither, X_i meets only what does not depend on it,
-                     and V is 0 on average where the two clouds have one distribution: Eq. 3
+    own_target       is Y_i, its own refinement, one of the targets of X_i? With neither, X_i meets only what does not depend
+                     on it, and V is 0 on average where the two clouds have one distribution: there Eq. 3 holds
     floor            least value of the product of the two softmaxes; the official drifting code has 1e-6
     returns          V (B, F, D), float32, without gradient
     """
@@ -80,14 +80,12 @@ def rms(V, scale):
     return torch.maximum(V.pow(2).mean().sqrt(), 1e-4 * scale)
 
 
-def drift_loss(X, Y, bandwidths, pull=None, crowd=1.0, **form):
+def drift_loss(X, Y, bandwidths, **form):
     """Squared distance from the drafts' features to where the drift would move them (Eq. 7).
 
     X (B, F, D)   features of the drafts; the only input that carries gradient
     Y (C, F, D)   features of the refinements; constants
     bandwidths    the set H; form: the switches of `drift`
-    pull          ours, not the paper's: (B, F, 1) weights >= 0 of a second force, straight to one's own refinement Y_i. Both forces
-                  are brought to RMS 1, then V_h = pull + crowd * drift; None: the drift alone, as in Eq. 6
     returns       loss (), float32, and logs: "rms_<h>" = RMS of the drift and "cos_<h>" = its cosine with Y - X when they pair up.
                   d loss / d X = -2 / X.numel() * sum_h V_h / RMS(V_h): a descent step is a step along the drift, each
                   bandwidth with the same strength.
@@ -99,9 +97,6 @@ def drift_loss(X, Y, bandwidths, pull=None, crowd=1.0, **form):
         logs[f"rms_{h:g}"] = rms(V, scale)
         if X.shape == Y.shape:
             logs[f"cos_{h:g}"] = torch.cosine_similarity(V, (Y - X).detach(), dim=2).mean()
-        if pull is not None:
-            own = pull * (Y - X).detach()
-            V = own / rms(own, scale) + crowd * V / rms(V, scale)
         goal = (X + V).detach()                                       # Eq. 7; the paper's sg(.) is .detach() here
         loss = loss + (X - goal).pow(2).mean() / rms(V, scale)        # Eq. 7, the term of h, Z_h = RMS(V_h); its value is RMS(V_h)
     return loss, logs

@@ -104,12 +104,43 @@ def guided_logits(model, z, c, s, **kind):
 
 
 @torch.no_grad()
-def refine(teacher, z_masked, c, s, generator):
-    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L) in one pass. Visible tokens stay. -> z_ref (B, L).
+def refine(teacher, z_masked, c, s, generator, passes=1, noise=0.0):
+    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L) with guidance s. Visible tokens stay. -> z_ref (B, L)
 
     Every hidden position is sampled, not maximised: Eq. 3 speaks of distributions.
+    passes   1 is the paper's single refinement. More (ours): the teacher's sampler goes on from z_masked. After each pass
+             but the last, the least confident tokens are hidden again; noise: Gumbel noise on the confidence, falls to 0
     """
-    return torch.where(z_masked == teacher.K, draw(guided_logits(teacher, z_masked, c, s), 1.0, generator), z_masked)
+    z, n_hidden = z_masked, (z_masked == teacher.K).sum(1)                       # (B,)
+    for i in range(passes):
+        logits = guided_logits(teacher, z, c, s)                                 # (B, L, K)
+        tokens = draw(logits, 1.0, generator)                                    # (B, L)
+        filled = torch.where(z == teacher.K, tokens, z)
+        if i == passes - 1:
+            return filled
+        confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        confidence = confidence + noise * (1 - i / (passes - 1)) * gumbel(z.shape, generator, z.device)
+        confidence = torch.where(z == teacher.K, confidence, math.inf)           # what is fixed is never revisited
+        n_left = (n_hidden * mask_ratio(torch.tensor((i + 1) / passes)).item()).round()
+        rank = confidence.argsort(1).argsort(1)                                  # 0: the least confident
+        z = torch.where(rank < n_left[:, None], teacher.K, filled)
+
+
+def correct(teacher, z, c, cfg, generator):
+    """The operator of Eq. 3, T_phi^r after M_r, with r ~ pi: tokens z (B, L) -> z_ref (B, L), is_masked (B, L)."""
+    r = sample_ratio(len(z), cfg.remask_min, cfg.remask_max, generator, z.device)          # (B,), r ~ pi
+    z_masked, is_masked = remask(z, r, teacher.K, generator)                     # M_r
+    return refine(teacher, z_masked, c, cfg.teacher_cfg, generator, cfg.refine_steps, cfg.confidence_noise), is_masked
+
+
+def fixed_point(teacher, z, c, cfg, generator, rounds=8):
+    """Tokens z (B, L) after `rounds` of Eq. 3's operator: near its fixed point, which is what the student is asked to draw. -> (B, L)
+
+    No student and no training: from samples of the teacher it shows in seconds what pi, guidance and passes promise.
+    """
+    for _ in range(rounds):
+        z, _ = correct(teacher, z, c, cfg, generator)
+    return z
 
 
 def reveal_counts(L, steps, schedule="arccos"):
@@ -196,38 +227,6 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
     return (sample_maskgen if hasattr(teacher, "empty") else sample)(teacher, c, steps, generator, s=s, noise=noise)
 
 
-class Bank(nn.Module):
-    """n samples of the teacher for each class, z (num_classes, n, L) codes: refinements (Eq. 5) for r = 1.
-
-    There nothing of the draft is left: such a refinement depends on the class alone, never grows old, and may serve again and again.
-    """
-    def __init__(self, num_classes, n, L):
-        super().__init__()
-        self.register_buffer("z", torch.zeros(num_classes, n, L, dtype=torch.long))
-
-    def draw(self, c, per_class, generator):
-        """Labels c (B,), in runs of per_class <= n equal ones -> z (B, L), different samples for those of one class."""
-        order = uniform((len(c) // per_class, self.z.shape[1]), generator, c.device).argsort(1)[:, :per_class]
-        return self.z[c, order.flatten()]
-
-
-def check_refine_steps(cfg, teacher):
-    """ValueError where its sampler cannot make so many steps: each fixes at least one token."""
-    if cfg.far and cfg.refine_steps > teacher.L:
-        raise ValueError(f"--refine-steps should be between 1 and {teacher.L}, the tokens of an image, got {cfg.refine_steps}")
-
-
-@torch.no_grad()
-def fill_bank(cfg, device, teacher, num_classes, training):
-    """The Bank's samples, by the teacher's own sampler. (Made in one go: a minute's work.)"""
-    args = dict(num_classes=num_classes, n=cfg.bank, L=teacher.L)
-    bank, generator = Bank(**args).to(device), torch.Generator(device).manual_seed(cfg.prepare_seed)
-    for k in tqdm(range(num_classes), "bank"):
-        c = torch.full((cfg.bank,), k, device=device)
-        bank.z[k] = sample_teacher(teacher, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
-    return bank, args
-
-
 # ------------------------------------------------------------------------------------------------ the lift (Sec. 3.3)
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi, one X (B, F, D) per block. Both are frozen, yet gradients pass.
@@ -259,11 +258,10 @@ class Lift:
 
     def maps(self, images):
         grid, X = self.cfg.grid, []
-        if self.cfg.space != "feature":                                          # Table 4a: the pixels of each position, nothing learned
+        if self.cfg.space == "pixel":                                            # Table 4a: the pixels of each position, nothing learned
             side = images.shape[-1] // grid                                      # what is left over at the far borders stays out
-            X.append(F.unfold(images[..., :grid * side, :grid * side], side, stride=side).transpose(1, 2))
-        if self.cfg.space == "pixel":
-            return X
+            pixels = images[..., :grid * side, :grid * side]
+            return [F.unfold(pixels, side, stride=side).transpose(1, 2)]         # one block (B, F, 3 side^2)
         maps = self.phi.maps(images)
         if isinstance(self.phi, ConvNet):                                        # a Backbone chooses its blocks itself
             maps = [maps[block] for block in self.cfg.blocks]
@@ -321,13 +319,12 @@ def codes_used(z_hat, K):
     return torch.bincount(z_hat.flatten(), minlength=K).gt(0).sum().float()
 
 
-def fpd_step(student, teacher, lift, E, c, cfg, generator, bank=None):
+def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
 
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
     lift              a Lift: .decode(e (B, L, d), c) -> images, .features(images) -> list of X (B, F, D), one per block (Sec. 3.3)
     E (K, d)          the tokenizer's codebook;   c (B, ...) condition, labels or text, in runs of cfg.per_class equal ones
-    bank              a Bank, which has the refinements of the drafts with r = 1; None: the teacher's sampler makes them anew
     returns           loss (), logs (dict of 0-dim tensors), images (B, 3, H, W): the decoded drafts, through which all of the gradient passes
     """
     B, K, device = len(c), student.K, c.device
@@ -337,27 +334,16 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator, bank=None):
     z_hat, e = straight_through(logits, E, generator, cfg.draft_temperature, cfg.estimator == "soft")
     # refinement (Eq. 5): hide part of the draft, let the frozen teacher fill it in
     with torch.no_grad():
-        r = sample_ratio(B, cfg.remask_min, cfg.remask_max, generator, device)   # (B,), r ~ pi
-        far, near = uniform((B,), generator, device).argsort().tensor_split([round(cfg.far * B)])    # ours: a share of drafts with r = 1
-        r[far] = 1.0
         source = z_hat if cfg.draft == "student" else init_tokens(B, student.L, K, 0, generator, device)    # Table 3b: random tokens
-        z_masked, is_masked = remask(source, r, K, generator)                    # M_r
-        z_ref = torch.empty_like(z_hat)
-        z_ref[near] = refine(teacher, z_masked[near], c[near], cfg.teacher_cfg, generator)   # T_phi^r, (B, L)
-        if len(far) and bank:
-            z_ref[far] = bank.draw(c, cfg.per_class, generator)[far]
-        elif len(far):                                                           # from nothing, one pass would be junk
-            z_ref[far] = sample_teacher(teacher, c[far], cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+        z_ref, is_masked = correct(teacher, source, c, cfg, generator)           # (B, L)
         Y = lift.features(lift.decode(E[z_ref], c))                              # targets are constants
     images = lift.decode(e, c)
     X = lift.features(images)
     # lifted drift (Eq. 6, 7), one term per block
     loss, logs, n = 0.0, {}, cfg.per_class
-    # a refinement is a draft's own to the extent that it was visible, 1 - r
-    pull = per_class_groups((1 - r).view(B, 1, 1).expand(B, X[0].shape[1], 1), n) if cfg.pull else None
     for x, y in zip(X, Y):
-        block_loss, block_logs = drift_loss(per_class_groups(x, n), per_class_groups(y, n), cfg.bandwidths, pull, cfg.crowd,
-                                            joint=cfg.affinity == "joint", self_negative=cfg.self_negative, own_target=cfg.own_target)
+        block_loss, block_logs = drift_loss(per_class_groups(x, n), per_class_groups(y, n), cfg.bandwidths,
+                                            joint=cfg.affinity == "joint", self_negative=cfg.own_pair, own_target=cfg.own_pair)
         loss = loss + block_loss
         for name, value in block_logs.items():
             logs[name] = logs.get(name, 0.0) + value / len(X)
@@ -699,7 +685,7 @@ class SDTT:
             self.teacher.load_state_dict(student.state_dict())
             self.round = now
         if now < 3:                                                              # theirs are training data; ours, the first teacher's samples
-            z = sample_teacher(self.original, c, cfg.refine_steps, generator, cfg.guidance, cfg.confidence_noise)
+            z = sample_teacher(self.original, c, 4, generator, cfg.guidance, cfg.confidence_noise)
         else:
             z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)          # all of it will be hidden
         s = cfg.teacher_cfg if now == 0 else 1                                   # afterwards the guidance is learnt

@@ -54,7 +54,7 @@ OFFICIAL = {"imagenet": {"tokenizer": ("llvictorll/Maskgit-pytorch", "pretrained
             "laion": {"tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors", load_tatitok),
                       "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
                       "text": (CLIP_REPO, CLIP_FILE, load_text_encoder)}}
-PARTS = (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words, TextEncoder, fpd.Bank)    # what a prepared network can be
+PARTS = (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words, TextEncoder)    # what a prepared network can be
 # What is drawn of the public MaskGen when nobody says what
 CAPTIONS = ["a photo of a dog", "a red car next to a blue house", "three green apples on a wooden table", "a lighthouse at sunset",
             "a bowl of soup", "a small boat on a lake in the mountains", "an astronaut riding a horse", "a yellow bird above a white fence"]
@@ -196,7 +196,7 @@ def load_run(run, device, teacher=True, given=None):
     """
     saved, given = read_checkpoint(run), given or {}
     cfg, parts = types.SimpleNamespace(**saved["config"]), saved["parts"]
-    r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None, bank=None)
+    r = types.SimpleNamespace(cfg=cfg, names=saved["names"], step=saved["step"], teacher=None, phi=None, judge=None, text=None)
     if cfg.dataset in OFFICIAL and not cfg.smoke:
         found = {part: path for part, path in parts.items() if Path(path).is_file()}
         return load_official(r, cfg.dataset, find_all(official_files(cfg.dataset, teacher, found | given)), device, saved["ema"])

@@ -85,17 +85,12 @@ class Config:
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
-    far: float = 0.0                  # share of drafts with r = 1, which the teacher refines in refine_steps of its sampler (ours; see README)
-    refine_steps: int = 4             # ... since a single one from nothing is junk
-    bank: int = 0                     # such refinements of each class, made once and used again and again; 0: new ones every time
-    space: str = "feature"            # feature | pixel | both: where drafts and refinements are compared (Table 4a)
+    refine_steps: int = 1             # passes of that refinement: 1 is the paper's; more: the teacher's sampler goes on (ours)
+    space: str = "feature"            # feature | pixel: where drafts and refinements are compared (Table 4a)
     grid: int = 4                     # features are averaged to grid x grid positions; 1 pools them (Table 4b)
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Sec. 4.1, Table 4a)
     affinity: str = "joint"           # joint | apart: attraction and repulsion normalised together or each alone (Eq. 6)
-    own_target: bool = True           # is a draft's own refinement among the targets of its drift? (Eq. 6)
-    pull: bool = False                # ours: besides the drift, a force straight to the own refinement, weighted 1 - r
-    crowd: float = 1.0                # ... and the weight of the drift beside that force
-    self_negative: bool = False       # is a draft among its own negatives? (Eq. 6)
+    own_pair: bool = False            # is a draft among its own negatives, and its refinement among its targets? (Eq. 6 as printed: yes)
     per_class: int = 16               # drafts of one class in a batch; only these are compared with each other
     freeze_text: bool = False         # with captions: the student reads the text as the teacher does, and learns the rest
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
@@ -120,28 +115,27 @@ class Config:
 
 # What the small worlds change, and why: their student is 200 times smaller and trains for minutes, not days
 SMALL = dict(lr=4e-4, batch=64, steps=320, warmup=20, decay=0.7, ema=0.985, guidance=2.0, confidence_noise=2.0, init_mask=0.95,
-             draft_temperature=0.35, temperature=0.1, far=0.75, refine_steps=16, bank=64, space="both", own_target=False, pull=True, crowd=1.5,
-             bandwidths=(0.02, 0.05, 0.2, 0.5), blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
-# Scenes: what matters is what the caption says, so less crowd, more drafts near their refinements, and those more guided. There are 12,000 captions
-# where shapes has 24 classes, most of them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
-SCENES = {**SMALL, "teacher_steps": 1200, "steps": 1000, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "draft_temperature": 0.7,
-          "far": 0.4, "refine_steps": 4, "bank": 0, "space": "feature", "crowd": 1.0, "teacher_cfg": 3.0, "freeze_text": True}
+             temperature=0.1, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
+# Scenes: what matters is what the caption says, so refinements are more guided. There are 12,000 captions where shapes has 24 classes, most of
+# them never met: more of them in a batch, a lower learning rate, more steps, and no change to how text is read
+SCENES = {**SMALL, "teacher_steps": 1200, "steps": 1000, "lr": 1.5e-4, "per_class": 8, "confidence_noise": 0.7, "teacher_cfg": 3.0,
+          "freeze_text": True}
 # What the comparison methods change. Di[M]O: its share of masked tokens. SDTT: one step from an empty canvas
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
 # ... and in the small worlds. Their teachers learn without label smoothing. SDTT: its last round, the one that counts, needs a learning rate;
 # without codes in z_init the sampling is its only noise, so it stays warm
 SMALL_METHODS = {"fpd": {}, "dimo": dict(draft_temperature=1.0, label_smoothing=0.0),
-                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0, refine_steps=4)}
+                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0)}
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"], confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])   # Sec. 4.1
 # What --smoke changes. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are the same as 4
-SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, refine_steps=2, decay=0.0, log_every=1, sample_every=2,
+SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0, log_every=1, sample_every=2,
              save_every=2)
 # The rows of --ablations: the paper's table, a name, what differs from the base, the paper's GenEval score (overall). Without r = 1 in 3b:
 # there nothing of the draft is left, so that both rows would mostly learn the same
 ABLATIONS = [("", "FPD, the base", {}, 0.43),
              ("3a", "soft embedding", dict(estimator="soft"), 0.38), ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5), 0.42),
              ("3a", "STE + GAN", dict(gan_weight=0.5), 0.45),
-             ("3b", "own draft, no r = 1", dict(far=0.0), 0.43), ("3b", "random draft, no r = 1", dict(draft="random", far=0.0), 0.22),
+             ("3b", "random draft", dict(draft="random"), 0.22),
              ("4a", "pixel space", dict(space="pixel"), 0.21), ("4a", "one bandwidth", dict(bandwidths=(0.05,)), 0.41),
              ("4b", "pooled, grid 1", dict(grid=1), 0.34), ("4b", "shallow blocks", dict(blocks=(0, 1)), 0.35),
              ("4b", "deep blocks", dict(blocks=(2, 3)), 0.42),
@@ -185,8 +179,6 @@ def parse(argv=None):
         settings = {**of_dataset, **of_method.get(typed.get("method"), {})}
         if typed.get("smoke"):
             settings |= SMOKE
-            if settings.get("bank"):                                             # no larger than a batch asks for
-                settings["bank"] = typed.get("per_class", Config.per_class)
     cfg = Config(**{**settings, **typed})
     check(cfg)
     return cfg
@@ -206,19 +198,18 @@ def check(cfg):
         sample.check_seed(getattr(cfg, name), f"--{name.replace('_', '-')}")
     for name, options in dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"), method=tuple(METHODS),
                               affinity=("joint", "apart"), estimator=("ste", "soft"), draft=("student", "random"),
-                              space=("feature", "pixel", "both")).items():
+                              space=("feature", "pixel")).items():
         each(name, lambda value: value in options, f"should be one of {', '.join(options)}")
     for f in dataclasses.fields(cfg):
         each(f.name, lambda value: all(math.isfinite(x) for x in (value if f.type is tuple else [value]) if isinstance(x, float)), "should be finite")
-    each("ablations bank gpus gan_weight gan_start warmup crowd confidence_noise", lambda x: x >= 0, "should not be negative")
+    each("ablations gpus gan_weight gan_start warmup confidence_noise", lambda x: x >= 0, "should not be negative")
     each("steps tokenizer_steps classifier_steps teacher_steps refine_steps log_every sample_every save_every lift_chunk", lambda x: x >= 1,
          "should be at least 1")
     each("per_class", lambda x: x >= 2, "should be at least 2: a draft's negatives are the other drafts")
     each("batch", lambda x: x >= 2 and x % cfg.per_class == 0, f"should be a multiple of --per-class {cfg.per_class}")
-    each("bank", lambda x: x == 0 or x >= cfg.per_class, f"should be 0 or at least --per-class {cfg.per_class}")
     each("draft_temperature temperature lr clip", lambda x: x > 0, "should be positive")
     each("bandwidths", lambda x: x and min(x) > 0, "should be positive")
-    each("far decay ema", lambda x: 0 <= x <= 1, "is a share, between 0 and 1")
+    each("decay ema", lambda x: 0 <= x <= 1, "is a share, between 0 and 1")
     each("init_mask", lambda x: 0 < x <= 1, "is a share, between 0 and 1")
     each("label_smoothing", lambda x: 0 <= x < 1, "is a share, below 1")
     want(0 <= cfg.remask_min < cfg.remask_max <= 1, f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: shares, min below max")
@@ -227,7 +218,6 @@ def check(cfg):
     needs_files = is_official and not cfg.smoke
     for names, ok, where in (
             ("anywhere", cfg.dataset == "shapes", "--dataset shapes"),
-            ("bank", cfg.dataset in ("shapes", "folder"), "--dataset shapes or folder: it holds samples of every class"),
             ("freeze_text", cfg.dataset in ("scenes", "laion"), "captions: --dataset scenes or laion"),
             ("captions", cfg.dataset == "laion" and needs_files, "--dataset laion, and not with --smoke"),
             ("tokenizer_weights teacher_weights backbone_weights text_weights deit_weights efficientnet_weights", needs_files,
@@ -402,7 +392,7 @@ def train_teacher(cfg, device, vq, text, training):
 
 def load_official(cfg, device):
     """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; and DINOv3 as Phi. -> namespace as of `prepare`"""
-    parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None, bank=None)
+    parts = types.SimpleNamespace(captions=tok.read_captions(cfg.captions) if cfg.dataset == "laion" else None)
     finders = sample.official_files(cfg.dataset, True, dict(tokenizer=cfg.tokenizer_weights, teacher=cfg.teacher_weights, text=cfg.text_weights))
     finders["phi"] = partial(find_backbone, cfg.backbone, cfg.backbone_weights)
     if cfg.gan_weight:
@@ -415,7 +405,6 @@ def load_official(cfg, device):
     parts.files = {part: str(path.absolute()) for part, path in files.items()}
     sample.load_official(parts, cfg.dataset, files, device)
     parts.phi = sample.frozen(load_backbone(cfg.backbone, files["phi"], cfg.blocks, parts.tokenizer.image_size), device)
-    fpd.check_refine_steps(cfg, parts.teacher)
     if parts.captions:
         sample.tell_cut(parts.text, parts.captions)
     parts.names = parts.captions[:8] if parts.captions else imagenet_names()
@@ -473,10 +462,6 @@ def prepare(cfg, device):
             cached("judge", partial(train_classifier, cfg, device, "judge", 24), steps=cfg.classifier_steps)
         cached("teacher", partial(train_teacher, cfg, device, parts.tokenizer, parts.text), steps=cfg.teacher_steps,
                tokenizer=files["tokenizer"], text=files.get("text"))
-    fpd.check_refine_steps(cfg, parts.teacher)
-    if cfg.bank and cfg.far and cfg.method == "fpd":
-        cached("bank", partial(fpd.fill_bank, cfg, device, parts.teacher, len(parts.names)), n=cfg.bank, steps=cfg.refine_steps,
-               guidance=cfg.guidance, noise=cfg.confidence_noise, teacher=files["teacher"])
     sample.set_text(parts.text, parts.teacher)
     return parts
 
@@ -567,7 +552,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
                 if other:
                     loss, logs = other.step(drafting, c, step, generator)
                 else:
-                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator, parts.bank)
+                    loss, logs, images = fpd.fpd_step(drafting, parts.teacher, lift, E, c, cfg, generator)
             mark("backward")
             if other:
                 loss.backward()

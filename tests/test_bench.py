@@ -19,8 +19,8 @@ def test_stopwatch_gives_the_median_round_without_warm_up_and_end(monkeypatch):
 
 
 def test_bench_prints_and_keeps_every_row(tmp_path, monkeypatch):
-    system = System(dataset="imagenet", smoke=True, far=0.25, refine_steps=2)
-    run = types.SimpleNamespace(cfg=system.cfg, names=["a", "b", "c"], text=None, bank=None, tokenizer=system.vq, phi=system.phi,
+    system = System(dataset="imagenet", smoke=True)
+    run = types.SimpleNamespace(cfg=system.cfg, names=["a", "b", "c"], text=None, tokenizer=system.vq, phi=system.phi,
                                 teacher=system.teacher, student=system.student)
     monkeypatch.setattr(sample, "load_models", lambda *args, **kwargs: run)
     done = in_process("evaluate.py --bench --run . --batch 3", tmp_path)

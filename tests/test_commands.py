@@ -32,11 +32,6 @@ def test_smoke_run_leaves_everything_and_says_that_it_learnt_nothing(smoke):
     assert [row["step"] for row in log] == [1, 2, 3, 4] and all("entropy" in row and "codes_used" in row for row in log)
 
 
-def test_a_smoke_run_keeps_as_few_refinements_as_its_batch_asks_for():
-    for line, bank in (("--smoke", 16), ("--smoke --per-class 32", 32), ("--smoke --bank 20", 20), ("--smoke --dataset scenes", 0), ("", 64)):
-        assert train.parse(line.split()).bank == bank
-
-
 def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(smoke, no_pictures):
     folder, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*.p*")}

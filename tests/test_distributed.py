@@ -24,9 +24,9 @@ CASES = {"fpd": {}, "gan": dict(gan_weight=1.0), "dimo": dict(method="dimo"), "s
 def distil(folder, mark=lambda part: None, **settings):
     """The loop on networks of a few hundred weights. No clipping: Adam's first moment after one step is then a tenth of the gradient."""
     cfg = {**dict(dataset="imagenet", smoke=True, batch=8, per_class=4, blocks=(0, 1, 2, 3), lr=1e-2, warmup=1, clip=1e9, save_every=1,
-                  refine_steps=2, teacher_cfg=1.0), **settings}
+                  teacher_cfg=1.0), **settings}
     system = System(**cfg)
-    parts = types.SimpleNamespace(tokenizer=system.vq, phi=system.phi, teacher=system.teacher, text=None, captions=None, bank=None,
+    parts = types.SimpleNamespace(tokenizer=system.vq, phi=system.phi, teacher=system.teacher, text=None, captions=None,
                                   names=["a", "b", "c"], files={})
     folder.mkdir(parents=True, exist_ok=True)
     return train.distil(system.cfg, parts, folder, "cpu", mark)

@@ -13,10 +13,25 @@ GOLDEN = load_case("drift_loss", "cases")
 # of other classes or without a class, for guidance, with weights. FPD's only negatives are the other drafts (Eq. 6).
 CASES = [case for case in GOLDEN.info["cases"] if case["C_n"] == 0 and case["C_g"] > 1]
 H = (0.02, 0.05, 0.2)
-FORMS = [dict(joint=joint, self_negative=self_negative) for joint in (True, False) for self_negative in (False, True)]
+# The official drifting code has its targets from elsewhere: all of them attract all particles
+OFFICIAL = dict(joint=True, self_negative=False, own_target=True)
+WITH_OWN_TARGET = [dict(joint=joint, self_negative=self_negative, own_target=True)
+                   for joint in (True, False) for self_negative in (False, True)]
+WITHOUT_OWN_PAIR = [dict(joint=joint, self_negative=False, own_target=False)
+                    for joint in (True, False)]
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: ("joint" if f["joint"] else "apart") + ", self" * f["self_negative"])
+
+
+def name_of(form):
+    words = ["joint" if form["joint"] else "apart"]
+    words += ["self"] * form["self_negative"] + ["own target"] * form["own_target"]
+    return ", ".join(words)
+
+
+every_form = pytest.mark.parametrize("form", WITH_OWN_TARGET + WITHOUT_OWN_PAIR, ids=name_of)
+# where targets are not paired with drafts, as many as there are or not, each of them is for all
+unpaired_form = pytest.mark.parametrize("form", WITH_OWN_TARGET, ids=name_of)
 
 
 def clouds(B=6, C=6, F=3, D=8, seed=0, dtype=torch.float64, near=False):
@@ -62,14 +77,14 @@ def test_drift_of_each_bandwidth_equals_the_official_force(case):
     """`info` has the mean squared force per bandwidth R, before it is divided by its root."""
     X, Y, s = official(case)
     for h in H:
-        assert (drift(X, Y, h, floor=1e-6) / s).pow(2).mean().item() == pytest.approx(case["info"][f"loss_{h}"], rel=5e-5)
+        assert (drift(X, Y, h, floor=1e-6, **OFFICIAL) / s).pow(2).mean().item() == pytest.approx(case["info"][f"loss_{h}"], rel=5e-5)
 
 
 @golden
 def test_sum_of_normalised_drifts_equals_the_official_loss(case):
     """The official loss value is the mean square of sum_h V_h / RMS(V_h). It cannot fall below a constant; ours, sum_h RMS(V_h), can."""
     X, Y, _ = official(case)
-    total = sum(V / rms(V) for V in (drift(X, Y, h, floor=1e-6) for h in H))               # (C_g, groups, S)
+    total = sum(V / rms(V) for V in (drift(X, Y, h, floor=1e-6, **OFFICIAL) for h in H))               # (C_g, groups, S)
     np.testing.assert_allclose(total.pow(2).mean((0, 2)), GOLDEN.arrays[case["name"] + ".loss"], rtol=1e-5)
 
 
@@ -77,7 +92,7 @@ def test_sum_of_normalised_drifts_equals_the_official_loss(case):
 def test_gradient_equals_the_official_gradient(case):
     X, Y, s = official(case)
     X = X.contiguous().requires_grad_()
-    drift_loss(X, Y, H, floor=1e-6)[0].backward()
+    drift_loss(X, Y, H, floor=1e-6, **OFFICIAL)[0].backward()
     expected = GOLDEN.arrays[case["name"] + ".grad"]                                       # (groups, C_g, S)
     np.testing.assert_allclose(X.grad.transpose(0, 1) / s, expected, rtol=0, atol=5e-5 * case["grad_absmax"])
 
@@ -93,7 +108,7 @@ def test_a_lone_draft_is_refused_where_the_official_code_goes_on():
 
 
 # ------------------------------------------------------------------------------------------------ Eq. 6 the slow way
-def slow_drift(X, Y, h, joint, self_negative, floor):
+def slow_drift(X, Y, h, joint, self_negative, own_target, floor):
     """Eq. 6, one pair of particles at a time. X (B, F, D), Y (C, F, D) as nested lists of floats -> V, likewise."""
     B, C, F, D = len(X), len(Y), len(X[0]), len(X[0][0])
 
@@ -104,15 +119,26 @@ def slow_drift(X, Y, h, joint, self_negative, floor):
     unit = sum(every) / len(every)
     V = [[[0.0] * D for _ in range(F)] for _ in range(B)]
     for f in range(F):
-        w_neg = [[math.exp(-distance(X[i][f], X[k][f]) / unit / h) if self_negative or i != k else 0.0 for k in range(B)] for i in range(B)]
-        w_pos = [[math.exp(-distance(X[i][f], Y[j][f]) / unit / h) for j in range(C)] for i in range(B)]
+        w_neg = [[math.exp(-distance(X[i][f], X[k][f]) / unit / h) for k in range(B)]
+                 for i in range(B)]
+        w_pos = [[math.exp(-distance(X[i][f], Y[j][f]) / unit / h) for j in range(C)]
+                 for i in range(B)]
+        for i in range(B):
+            if not self_negative:
+                w_neg[i][i] = 0.0
+            if not own_target:
+                w_pos[i][i] = 0.0
         for i in range(B):
             # "doubly normalised": over the targets of particle i, and over the particles of that target
             row_neg, row_pos = sum(w_neg[i]), sum(w_pos[i])
             if joint:
                 row_neg = row_pos = row_neg + row_pos
-            a_neg = [math.sqrt(max(w_neg[i][k] / row_neg * w_neg[i][k] / sum(w_neg[m][k] for m in range(B)), floor)) for k in range(B)]
-            a_pos = [math.sqrt(max(w_pos[i][j] / row_pos * w_pos[i][j] / sum(w_pos[m][j] for m in range(B)), floor)) for j in range(C)]
+            column_neg = [sum(w_neg[m][k] for m in range(B)) for k in range(B)]
+            column_pos = [sum(w_pos[m][j] for m in range(B)) for j in range(C)]
+            a_neg = [math.sqrt(max(w_neg[i][k] / row_neg * w_neg[i][k] / column_neg[k], floor))
+                     for k in range(B)]
+            a_pos = [math.sqrt(max(w_pos[i][j] / row_pos * w_pos[i][j] / column_pos[j], floor))
+                     for j in range(C)]
             if joint:
                 a_neg, a_pos = [a * sum(a_pos) for a in a_neg], [a * sum(a_neg) for a in a_pos]
             for dim in range(D):
@@ -126,8 +152,9 @@ def slow_drift(X, Y, h, joint, self_negative, floor):
 @every_form
 @pytest.mark.parametrize("h, floor, C", [(0.05, 0.0, 5), (0.2, 0.0, 4), (1.0, 0.0, 3), (0.05, 1e-6, 5), (0.2, 1e-2, 4)])
 def test_drift_equals_eq_6_in_plain_loops(form, h, floor, C):
-    X, Y = clouds(B=4, C=C, F=2, D=3)
-    expected = torch.tensor(slow_drift(X.tolist(), Y.tolist(), h, floor=floor, **form), dtype=torch.float64)
+    X, Y = clouds(B=4, C=C if form["own_target"] else 4, F=2, D=3)
+    slow = slow_drift(X.tolist(), Y.tolist(), h, floor=floor, **form)
+    expected = torch.tensor(slow, dtype=torch.float64)
     V = drift(X, Y, h, floor=floor, **form)
     assert V.shape == X.shape
     torch.testing.assert_close(V, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
@@ -137,11 +164,11 @@ def test_drift_of_two_particles_around_one_target_by_hand():
     """x = +1 and -1, target 0. Apart: a+ = sqrt(1 * 1/2), a- = 1, whatever h is. Joint: both share the row, w1 + w2."""
     X, Y = torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
     for h in H:
-        assert drift(X, Y, h, joint=False).flatten().tolist() == pytest.approx([2 - 0.5 ** 0.5, 0.5 ** 0.5 - 2])
+        assert drift(X, Y, h, joint=False, own_target=True).flatten().tolist() == pytest.approx([2 - 0.5 ** 0.5, 0.5 ** 0.5 - 2])
     unit = (2 + 2 + 1 + 1 + 2e-4) / 6                                                      # mean distance; 1e-4 is the distance to oneself
     w1, w2 = math.exp(-1 / unit / 0.2), math.exp(-2 / unit / 0.2)
     expected = (w1 * w2 / 2) ** 0.5 / (w1 + w2)                                            # a+ a- (Y - X_k)
-    assert drift(X, Y, 0.2).flatten().tolist() == pytest.approx([expected, -expected])
+    assert drift(X, Y, 0.2, **OFFICIAL).flatten().tolist() == pytest.approx([expected, -expected])
 
 
 # ------------------------------------------------------------------------------------------------ what V does not depend on
@@ -152,7 +179,7 @@ def test_a_permuted_batch_has_a_permuted_drift(form):
     torch.testing.assert_close(drift(X[order], Y[order], 0.2, **form), drift(X, Y, 0.2, **form)[order])
 
 
-@every_form
+@unpaired_form
 def test_the_order_of_negatives_and_targets_does_not_matter(form):
     """Eq. 6 sums over all of them; the cyclic shift sigma only says in which order."""
     X, Y = clouds(C=5)
@@ -208,15 +235,16 @@ def test_a_cloud_equal_to_its_target_stays_if_self_is_a_negative(joint):
     X, _ = clouds()
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     for h in H:
-        assert torch.equal(drift(X, X, h, joint=joint, self_negative=True), torch.zeros_like(X))
-        assert drift(X, X[order], h, joint=joint, self_negative=True).abs().max() < 1e-12
+        form = dict(joint=joint, self_negative=True, own_target=True)
+        assert torch.equal(drift(X, X, h, **form), torch.zeros_like(X))
+        assert drift(X, X[order], h, **form).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_a_cloud_equal_to_its_target_spreads_if_self_is_no_negative(joint):
     """Each particle is held by its own copy and pushed by all the others: every particle moves away from their mean (DESIGN.md, 3.6)."""
     X, _ = clouds()
-    V = drift(X, X, 0.2, joint=joint, self_negative=False)
+    V = drift(X, X, 0.2, joint=joint, self_negative=False, own_target=True)
     away = X - (X.sum(0) - X) / 5                                                          # from the mean of the others
     assert (V * away).sum(-1).min() > 0
 
@@ -224,7 +252,7 @@ def test_a_cloud_equal_to_its_target_spreads_if_self_is_no_negative(joint):
 def test_without_self_balance_holds_on_average_for_two_samples_of_one_distribution():
     """The joint form's fixed point is one of distributions: X and Y drawn alike, the drifts of many particles average out."""
     X, Y = clouds(B=200, C=200, F=1, D=2)
-    same, shifted = drift(X, Y - 0.5, 0.2), drift(X, Y + 0.5, 0.2)                         # clouds() shifts Y by 0.5
+    same, shifted = (drift(X, Y + shift, 0.2, **OFFICIAL) for shift in (-0.5, 0.5))                         # clouds() shifts Y by 0.5
     assert same.mean(0).norm() < 0.1 * shifted.mean(0).norm()
 
 
@@ -281,8 +309,8 @@ def test_every_bandwidth_moves_the_drafts_with_the_same_strength():
     sizes, gradients = [], []
     for h in H:
         x = X.clone().requires_grad_()
-        drift_loss(x, Y, (h,))[0].backward()
-        sizes.append(rms(drift(X, Y, h)).item())
+        drift_loss(x, Y, (h,), **OFFICIAL)[0].backward()
+        sizes.append(rms(drift(X, Y, h, **OFFICIAL)).item())
         gradients.append(x.grad.norm().item())
     assert sizes[2] > 100 * sizes[0]
     assert gradients == pytest.approx([2 / X.numel() ** 0.5] * 3)
@@ -311,10 +339,10 @@ def test_only_the_drafts_get_gradient():
 
 def test_cosine_is_logged_where_drafts_and_refinements_pair_up():
     X, Y = clouds()
-    logs = drift_loss(X, Y, (0.2,))[1]
+    logs = drift_loss(X, Y, (0.2,), **OFFICIAL)[1]
     assert set(logs) == {"rms_0.2", "cos_0.2"}
-    assert logs["cos_0.2"].item() == pytest.approx(torch.cosine_similarity(drift(X, Y, 0.2), Y - X, dim=2).mean().item())
-    assert set(drift_loss(X, Y[:5], (0.2,))[1]) == {"rms_0.2"}
+    assert logs["cos_0.2"].item() == pytest.approx(torch.cosine_similarity(drift(X, Y, 0.2, **OFFICIAL), Y - X, dim=2).mean().item())
+    assert set(drift_loss(X, Y[:5], (0.2,), **OFFICIAL)[1]) == {"rms_0.2"}
 
 
 @every_form
@@ -333,7 +361,7 @@ def test_a_single_draft_needs_itself_as_a_negative():
         drift(X, Y, 0.2)
     with pytest.raises(ValueError, match="at least 2 drafts"):
         drift_loss(X, Y, H, joint=False)
-    assert drift(X, Y, 0.2, self_negative=True).isfinite().all()
+    assert drift(X, Y, 0.2, self_negative=True, own_target=True).isfinite().all()
 
 
 @pytest.mark.parametrize("x, y", [((4, 8), (4, 8)), ((4, 3, 8), (4, 8)), ((4, 3, 8), (4, 3, 7)), ((4, 3, 8), (4, 2, 8)), ((4, 3, 8, 1), (4, 3, 8, 1))])
@@ -344,44 +372,51 @@ def test_mismatched_shapes_are_named_in_the_error(x, y):
         assert str(x) in str(error.value) and str(y) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ ours: own pair apart, pull
+# ------------------------------------------------------------------------------- the own pair
 def test_without_the_own_pair_a_draft_does_not_see_its_own_refinement():
-    """own_target=False and self_negative=False: V_i depends on X_i and on the others' pairs, not on Y_i."""
+    """V_i depends on X_i and on the others' pairs, not on Y_i."""
     X, Y = torch.randn(6, 3, 5), torch.randn(6, 3, 5)
-    V = drift(X, Y, 0.5, own_target=False)
+    V = drift(X, Y, 0.5)
     moved = Y.clone()
-    moved[2] += 0.01 * torch.randn(3, 5)                                         # hardly changes the common unit of distance
-    W = drift(X, moved, 0.5, own_target=False)
+    moved[2] += 0.01 * torch.randn(3, 5)                   # hardly changes the common unit of distance
+    W = drift(X, moved, 0.5)
     others = [i for i in range(6) if i != 2]
     assert (W[2] - V[2]).abs().max() < 0.05 * (W[others] - V[others]).abs().max()
 
 
-def test_without_the_own_pair_equal_distributions_balance_even_when_pairs_are_close():
-    """Eq. 3: Y_i = X_i + a little is the same distribution. With the own pair out, the mean drift vanishes; the official form repels."""
+def outward(rho, h, batches=60, **form):
+    """The drift at a known fixed point: its component along X, in units of X, and its standard error.
+
+    X is Gaussian and Y = rho X + noise has the same distribution, as a refinement of X has where Eq. 3
+    holds. A drift that rests there is 0 on average: it neither spreads the drafts nor gathers them.
+    """
     generator = torch.Generator().manual_seed(0)
-    size = {}
-    for own_target in (False, True):
-        V = []
-        for _ in range(200):
-            X = torch.randn(8, 4, 2, generator=generator)
-            V.append((drift(X, X + 0.01 * torch.randn(8, 4, 2, generator=generator), 0.2, own_target=own_target) * X).sum(-1))
-        size[own_target] = torch.cat(V).mean().abs().item()                      # mean outward component
-    assert size[False] < 0.1 * size[True]
+    along = []
+    for _ in range(batches):
+        X = torch.randn(16, 64, 8, generator=generator)
+        noise = torch.randn(16, 64, 8, generator=generator)
+        V = drift(X, rho * X + (1 - rho ** 2) ** 0.5 * noise, h, **form)
+        along.append((V * X).mean() / X.pow(2).mean())
+    along = torch.stack(along)
+    return along.mean().item(), along.std().item() / batches ** 0.5
 
 
-def test_own_target_needs_pairs():
+@pytest.mark.parametrize("rho", [0.95, 0.7])
+@pytest.mark.parametrize("h", [0.05, 0.2, 0.5])
+def test_at_a_fixed_point_only_the_drift_without_the_own_pair_rests(rho, h):
+    """Why it is the default: targets that are made from the drafts leave V no other balance.
+
+    With the own refinement in and self out, as the official drifting code fed with pairs would have it,
+    drafts are pushed outwards for ever; with both in, Eq. 6 as printed, they are drawn to their mean.
+    """
+    rest, error = outward(rho, h)
+    outwards, _ = outward(rho, h, own_target=True)
+    inwards, _ = outward(rho, h, joint=False, self_negative=True, own_target=True)
+    assert abs(rest) < 4 * error
+    assert outwards > 10 * error and outwards > 10 * abs(rest)
+    assert inwards < -10 * error and inwards < -10 * abs(rest)
+
+
+def test_without_the_own_target_drafts_and_refinements_pair_up():
     with pytest.raises(ValueError, match="one refinement per draft"):
-        drift(torch.randn(4, 2, 3), torch.randn(5, 2, 3), 0.2, own_target=False)
-
-
-def test_pull_and_crowd_weigh_two_forces_of_equal_size():
-    """V = pull (Y - X) / RMS + crowd * drift / RMS, and the gradient is along -V / RMS(V), summed over the bandwidths."""
-    X, Y, pull = torch.randn(5, 3, 4, requires_grad=True), torch.randn(5, 3, 4), torch.rand(5, 3, 1)
-    loss, _ = drift_loss(X, Y, (0.2, 0.5), pull, 1.5, own_target=False)
-    loss.backward()
-    wanted = 0
-    for h in (0.2, 0.5):
-        own, V = pull * (Y - X.detach()), drift(X, Y, h, own_target=False)
-        V = own / own.pow(2).mean().sqrt() + 1.5 * V / V.pow(2).mean().sqrt()
-        wanted = wanted - 2 / X.numel() * V / V.pow(2).mean().sqrt()
-    assert torch.allclose(X.grad, wanted, atol=1e-6)
+        drift(torch.randn(4, 2, 3), torch.randn(5, 2, 3), 0.2)

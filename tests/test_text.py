@@ -179,7 +179,7 @@ def test_a_step_on_captions_trains_the_student_alone(chunk):
         net.eval().requires_grad_(False)
     student = models.MaskGen(K=8, L=16, width=16, depth=2, heads=2)
     student.load_state_dict(teacher.state_dict())
-    cfg = train.Config(batch=8, per_class=4, far=0.25, blocks=(0, 1, 2, 3), lift_chunk=chunk)
+    cfg = train.Config(batch=8, per_class=4, blocks=(0, 1, 2, 3), lift_chunk=chunk)
     c = words.encode(["a circle", "a red cross"]).repeat_interleave(4, 0)
     lift = fpd.Lift(vq, phi, cfg)
     loss, logs, images = fpd.fpd_step(student, teacher, lift, vq.E, c, cfg, torch.Generator().manual_seed(0))
