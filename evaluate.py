@@ -8,7 +8,6 @@
     python evaluate.py                                                  the small worlds: the table of the newest run, its own judge
     python evaluate.py --reference VIRTUAL_imagenet256_labeled.npz      imagenet: FID and the others of teacher and student, 50,000 images
     python evaluate.py --reference FILE --folder DIR                    the same scores of a folder of PNGs
-    python evaluate.py --bench                                          time and memory: the student, the teacher, a training step, by parts
     python evaluate.py --geneval --prompts FILE                         laion: the images of GenEval; with --detections FILE, their scores
 
 Every metric is computed in float64 and follows one official implementation, named in its docstring; tests/golden holds their numbers.
@@ -26,13 +25,33 @@ import numpy as np
 import scipy.linalg
 import scipy.ndimage
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, find_inception, load_inception
-from sample import (Parser, batches, bench, check_seed, check_writable, generate, geneval_images, load_models, model_arguments, models_of,
-                    run_command, sheet, shown, tell_cut, text_table, write_json)
+from sample import (Parser, batches, check_seed, check_writable, generate, load_models,
+                    model_arguments, run_command, sheet, shown, tell_cut, tokens, write_json, write_whole)
 from tokenizer import COLOURS, RELATIONS, SHAPES, TAGS, paint, parse_caption, read_image, to_float, to_uint8, world
+
+
+# ------------------------------------------------------------------------------------------------ tables as text
+# How keys are called at the head of a column, where not by themselves
+HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
+
+
+def text_table(rows, *keys):
+    """Rows, a list of dicts -> text: a line of heads, then the rows. Of the keys, those that some row has; numbers with two digits."""
+    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    lines = [[HEADS.get(key, key) for key in keys]] + [
+        ["" if (x := row.get(key)) is None else f"{x:.2f}" if isinstance(x, float) else str(x) for key in keys] for row in rows]
+    widths = [f"{'<' if key in ('model', 'method', 'table', 'row') else '>'}{max(map(len, x))}" for key, x in zip(keys, zip(*lines))]
+    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def models_of(run, steps):
+    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
+    return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
 
 
 # ------------------------------------------------------------------------------------------------ the scores
@@ -621,6 +640,36 @@ def geneval_table(scores, detector):
             + text_table([scores], *TAGS, "overall"))
 
 
+def geneval_images(prompts, source, out, make, n=4):
+    """The images of every prompt (evaluate.read_prompts), in the folders that GenEval's scorer reads. Those that are there are not made again.
+
+    OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
+    source    the file that the prompts are from
+    make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
+              from the seed and these two numbers alone, whichever others are wanted with it
+    """
+    def is_complete(path):
+        try:
+            return read_image(path) is not None
+        except ValueError:
+            return False
+    folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
+    for folder, prompt in zip(folders, prompts):                               # all of them before the first image
+        path, text = folder / "metadata.jsonl", json.dumps(prompt)
+        if path.exists() and path.read_text() != text:
+            raise ValueError(f"{path} has another prompt than {source}: {out} was made for another file")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda new: new.write_text(text))
+    for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
+        files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
+        wanted = [i for i in range(n) if not is_complete(files[i])]
+        if wanted:
+            images = make(prompt["prompt"], wanted, index)
+            assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
+            for i, image in zip(wanted, images):
+                write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
+
+
 # ------------------------------------------------------------------------------------------------ the command
 def geneval(args, device):
     """--geneval: the images of all prompts, or with --detections their scores."""
@@ -650,7 +699,7 @@ def geneval(args, device):
 
     def make(caption, numbers, index):
         c = run.text.encode([caption] * len(numbers)).to(device)
-        z = fpd.tokens(model, c, [g for i in numbers for g in fpd.generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
+        z = tokens(model, c, [g for i in numbers for g in fpd.generators(args.seed, 1000 * index + i, 1, device)], run.cfg, steps)
         return to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
     with torch.no_grad():
         geneval_images(prompts, args.prompts, out, make)
@@ -663,8 +712,7 @@ def main():
     parser.add_argument("--images", type=int, help="images per row; 960, with --reference 50000, if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs="*", help="rows of the teacher; 16 8 4 2 1, with --reference 16 8 4 2, if not given")
-    parser.add_argument("--batch", type=int, default=50, help="with --reference and --bench: images at a time")
-    parser.add_argument("--bench", action="store_true", help="time and memory of sampling and of a training step, in place of the table")
+    parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time")
     parser.add_argument("--reference", help="imagenet: a folder of PNGs, or a .npz with mu and sigma, or ADM's with images")
     parser.add_argument("--folder", help="with --reference: score the PNGs of this folder in place of a run")
     parser.add_argument("--inception-weights", metavar="FILE", help=f"{INCEPTION}, else looked for in weights/")
@@ -691,8 +739,6 @@ def main():
         raise ValueError(f"--images should be at least {least} and --batch 1, got {args.images} and {args.batch}")
     if args.folder and not args.reference:
         raise ValueError("--folder needs --reference: what to compare the images with")
-    if args.bench:
-        return bench(args, device)
     if args.folder:
         return official_report(args, None, ".", device)
     run = load_models(args, device, teacher=len(args.steps) > 0)

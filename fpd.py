@@ -14,20 +14,16 @@ The student is right when its drafts have the distribution of their own refineme
     generator: one torch.Generator for the batch, or a list of B, one per image (then image i does not depend on its batch)
 """
 import copy
-import dataclasses
 import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import tokenizer as tok
 from drift import drift_loss
-from models import FEATURE_NETWORKS, ConvNet, Discriminator
+from models import ConvNet, Discriminator, load_discriminator
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -294,14 +290,6 @@ def one_step(student, c, r_init, generator, temperature=1.0):
     return draw(student(z_init, c), temperature, generator)
 
 
-@torch.no_grad()
-def tokens(model, c, generator, cfg, steps):
-    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
-    if steps == 0:
-        return one_step(model, c, cfg.init_mask, generator, cfg.temperature)
-    return sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
-
-
 def per_class_groups(X, n):
     """Fold the classes of a batch into the position axis, so that only drafts of one class are compared. (G n, F, D) -> (n, G F, D)"""
     B, F_, D = X.shape
@@ -355,83 +343,6 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
 
 
 # ------------------------------------------------------------------------------------------------ around the step (Sec. 4.1)
-def draw_condition(parts, cfg, generator):
-    """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
-    G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
-    picks = torch.cat([torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-G // n))])[:G]
-    c = parts.text.encode([parts.captions[i] for i in picks]) if parts.text else picks      # each caption once, however many drafts it gets
-    return c.repeat_interleave(cfg.per_class, 0)
-
-
-def learning_rate(step, cfg):
-    """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
-    left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)                # 1 where the fall begins, 0 after the last step
-    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
-
-
-@torch.no_grad()
-def update_ema(ema, student, decay):
-    for p, q in zip(ema.parameters(), student.parameters()):
-        p.lerp_(q, 1 - decay)
-
-
-def average_gradients(opt, *_):
-    """Before a step of `opt`: the mean of all processes' gradients, in place."""
-    for group in opt.param_groups:
-        for p in group["params"]:
-            p.grad /= dist.get_world_size()
-            dist.all_reduce(p.grad)
-
-
-def share_gradients(student, *helpers):
-    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return student
-    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
-    for helper in helpers:
-        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
-            helper.opt.register_step_pre_hook(average_gradients)
-    return shared
-
-
-def memory(student, parts, cfg, half, c):
-    """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
-
-    The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
-    bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
-    """
-    E, lift = parts.tokenizer.E, Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
-    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
-    if parts.text:
-        networks.append(parts.text)
-    counted = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
-
-    def kept(forward, B):
-        """Bytes that the backward pass of forward(B) would keep, besides the weights."""
-        storages = {}
-
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in counted:
-                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()                                                    # t may be what the graph node made: a cycle, never freed
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
-            alive = forward(B)                                                   # else memory would be freed, and counted twice
-        del alive
-        return sum(storages.values())
-
-    def draft(B):
-        return student(torch.full((B, student.L), student.K, device=E.device), c[:B])
-
-    def lifted(B):
-        return lift.features(lift.decode(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_(), c[:B]))
-
-    (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
-    fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
-    images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
-    return (fixed + images) / 1e9
-
-
 # ------------------------------------------------------------------------------------------------ the GAN (Sec. 3.4), optional
 def diff_augment(images, generator):
     """DiffAugment (Zhao et al. 2020): colour, translation, cutout, drawn per image. The gradient passes. (B, 3, H, W) -> the same shape.
@@ -523,20 +434,6 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     gradient, = torch.autograd.grad(gan_loss(gan_logits(discriminator, drafts, generator, sigma)), drafts)
     logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x), gan_loss=loss)
     return gradient, {key: value.detach() for key, value in logs.items()}
-
-
-def load_discriminator(weights, image_size=256, device="cpu"):
-    """StyleGAN-XL's discriminator: pretrained feature networks, everything else as random as at the start of its training.
-
-    weights   {"deit": ..., "efficientnet": ...}, paths or state dicts with timm's keys, with or without a classifier
-    ValueError in one line when a file cannot be read or does not fit
-    """
-    networks = {}
-    for cls in FEATURE_NETWORKS:
-        model, src, what = cls(), weights[cls.part], f"the discriminator's {cls.name}"
-        tok.load_strictly(model.net, tok.read_weights(src, what), tok.source_name(src, what), ignore_prefix=cls.unused)
-        networks[cls.name] = model.to(device)
-    return Discriminator(networks, image_size).to(device)
 
 
 class Gan:

@@ -14,38 +14,25 @@ Also here, what the commands share: networks and runs on disk (load_run, save, w
 """
 import argparse
 import copy
-import dataclasses
 import itertools
 import json
-import math
 import os
-import platform
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 import types
-import zipfile
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import fpd
-from models import (CLIP_FILE, CLIP_REPO, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_weights, imagenet_names, load_maskgen,
-                    load_maskgit, load_text_encoder)
-from tokenizer import SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan, read_image, read_weights, to_uint8
+from models import (CLIP_FILE, CLIP_REPO, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words,
+                    find_weights, imagenet_names, load_maskgen, load_maskgit, load_text_encoder)
+from tokenizer import (SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan,
+                       read_weights, to_uint8)
 
 FORMAT = 2                                                                       # of checkpoint.pt
 # The paper's public networks on the Hugging Face hub: repository, file, loader
@@ -146,28 +133,6 @@ def newest_run(runs="runs"):
     return found[-1].parent
 
 
-def run_folder(cfg):
-    """runs/<name>: the one to resume, or a new one. A finished or foreign run is never written into."""
-    runs = Path("runs")
-    name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
-    if cfg.ablations:
-        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see train.ablate
-    if cfg.resume:
-        folder = runs / cfg.name if cfg.name else newest_run(runs)
-        if not (folder / "checkpoint.pt").is_file():
-            raise ValueError(f"--resume: there is no {folder / 'checkpoint.pt'}")
-        return folder
-    if cfg.name:
-        if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
-            raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
-        begun = {".config.json", "config.json", "samples", "checkpoint.pt.tmp"}      # what a run leaves that was killed before its first save
-        if {path.name for path in (runs / cfg.name).glob("*")} - begun:
-            raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
-        return runs / cfg.name
-    numbered = (runs / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    return next(folder for folder in numbered if not folder.exists())
-
-
 def read_checkpoint(run):
     """runs/<name> -> what train.py saved there. Weights are mapped, not read: asking for the configuration alone costs nothing."""
     path = Path(run) / "checkpoint.pt"
@@ -218,58 +183,6 @@ def load_public(dataset, student_file, teacher, given, init_mask, device):
     return load_official(r, dataset, files, device, student_file)
 
 
-# ------------------------------------------------------------------------------------------------ stopping and going on
-@contextmanager
-def ctrl_c():
-    """with ctrl_c() as pressed: Ctrl-C only fills that list, so that the step under way is finished and what is saved is whole.
-
-    A second Ctrl-C does not wait. One that came too late for the loop stops the program where the block ends.
-    """
-    pressed, before = [], signal.getsignal(signal.SIGINT)
-
-    def note(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def tensors(content):
-    """All tensors in nested dicts and lists."""
-    if torch.is_tensor(content):
-        yield content
-    elif isinstance(content, (dict, list)):
-        for x in content.values() if isinstance(content, dict) else content:
-            yield from tensors(x)
-
-
-def save(path, content):
-    """Whole, finite and readable, or not at all: only what was forced to the disk and read back takes the old file's place. OSError"""
-    path, new = Path(path), Path(f"{path}.tmp")
-    if not all(torch.isfinite(t).all() for t in tensors(content)):
-        raise ValueError(f"{path} would have held numbers that are NaN or infinite; it was left as it is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(new, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        torch.load(new, map_location="cpu", weights_only=True, mmap=True)
-        with zipfile.ZipFile(new) as written:                                    # torch.load does not look at the checksums
-            if written.testzip():
-                raise OSError("what was written cannot be read back")
-        os.replace(new, path)
-    except Exception as error:
-        raise OSError(f"{path} could not be written, and was left as it is: {str(error).splitlines()[0]}") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def write_whole(path, write):
     """write(path), but whole or not at all: to a file beside it, ".<name>", which then takes its place."""
     path = Path(path)
@@ -283,91 +196,14 @@ def write_json(path, content):
     write_whole(path, lambda new: new.write_text(json.dumps(content, indent=1)))
 
 
-def versions():
-    """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
-    git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True).stdout.strip()
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=version("numpy"), git=git or "unknown")
+@torch.no_grad()
+def tokens(model, c, generator, cfg, steps):
+    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B images -> z (B, L)."""
+    if steps == 0:
+        return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
+    return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
 
 
-def check_finite(recent, stage, good):
-    """ValueError with the first step and term that is NaN or infinite. recent: list of (step, {term: number}), emptied when all is well
-
-    stage   of the run, in words;   good: the file where its last good state would be
-    """
-    for step, terms in recent:
-        for term, value in terms.items():
-            if not math.isfinite(value):
-                last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
-                raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
-    recent.clear()
-
-
-# ------------------------------------------------------------------------------------------------ several processes, one for each GPU
-# Each draws its own conditions and drafts, and compares them among themselves alone: drafts of different classes never meet in the drift
-# anyway (per_class), and DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two numbers are of a
-# process's own batch that would be of all drafts in one large batch: the unit of distance and the RMS of the drift.
-def launch(main, n):
-    """`n` processes of a program's `main` on this machine; ends as they end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.start_processes(worker, (main, n, port), n, join=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C reaches them without us
-    try:
-        while not processes.join():
-            pass
-    except mp.ProcessExitedException as stop:                                    # it has said why
-        sys.exit(stop.exit_code)
-
-
-def worker(rank, main, n, port):
-    """Process `rank` of `launch`, with the environment that torchrun would give it."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        run_command(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def ranks():
-    """-> the rank of this process, 0 when it is alone, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def meet(device):
-    """Join the processes that `launch` or torchrun started, if any. -> this one's rank. Only rank 0 speaks and writes."""
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # "cuda" is this one from now on
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                             # rank 0 decides
-    return ranks()[0]
-
-
-def any_of_all(flag):
-    """Does any process say so? Waits for all of them; on the host, so that no GPU has to wait."""
-    if dist.is_initialized():
-        flag = torch.tensor(int(bool(flag)))
-        try:
-            dist.all_reduce(flag)
-        except RuntimeError:                                                     # one of them has failed, and said why; now we are ended, too
-            time.sleep(60)
-            sys.exit(1)
-    return bool(flag)
-
-
-def gather(x):
-    """[x of rank 0, x of rank 1, ...]"""
-    everything = [x] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everything, x)
-    return everything
-
-
-# ------------------------------------------------------------------------------------------------ images
 @torch.no_grad()
 def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None, spent=None):
     """Images for the conditions c (N, ...), one batch (B, 3, H, W) uint8 on the CPU after the other. steps = 0: the student's single pass.
@@ -377,7 +213,7 @@ def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None, sp
     device = tokenizer.E.device
     for start in tqdm(range(0, len(c), batch), progress, leave=False, disable=progress is None):
         begin, part = time.perf_counter(), c[start:start + batch].to(device)
-        z = fpd.tokens(model, part, fpd.generators(seed, start, len(part), device), cfg, steps)
+        z = tokens(model, part, fpd.generators(seed, start, len(part), device), cfg, steps)
         images = to_uint8(tokenizer.decode(tokenizer.E[z], part)).cpu()
         if spent is not None:
             spent.append(time.perf_counter() - begin)
@@ -402,11 +238,6 @@ def shown(run):
     return c, [run.names[i] for i in c]
 
 
-def models_of(run, steps):
-    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
-    return [("teacher", run.teacher, T) for T in steps] + [("student", run.student, 0)] * (run.student is not None)
-
-
 def sheet(rows, captions):
     """A labelled grid. rows: [(title, images (n, 3, H, W) uint8), ...], captions: n strings above the columns -> PIL image."""
     n, _, H, W = rows[0][1].shape
@@ -427,153 +258,6 @@ def sheet(rows, captions):
     return picture
 
 
-def geneval_images(prompts, source, out, make, n=4):
-    """The images of every prompt (evaluate.read_prompts), in the folders that GenEval's scorer reads. Those that are there are not made again.
-
-    OUT/00000/metadata.jsonl   the line of prompt 0              OUT/00000/samples/0000.png ...   its n images
-    source    the file that the prompts are from
-    make      (caption, numbers of the images wanted, number of the prompt) -> (len(numbers), 3, H, W) uint8. It should draw an image
-              from the seed and these two numbers alone, whichever others are wanted with it
-    """
-    def is_complete(path):
-        try:
-            return read_image(path) is not None
-        except ValueError:
-            return False
-    folders = [Path(out) / f"{index:05d}" for index in range(len(prompts))]
-    for folder, prompt in zip(folders, prompts):                               # all of them before the first image
-        path, text = folder / "metadata.jsonl", json.dumps(prompt)
-        if path.exists() and path.read_text() != text:
-            raise ValueError(f"{path} has another prompt than {source}: {out} was made for another file")
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda new: new.write_text(text))
-    for index, (prompt, folder) in enumerate(zip(tqdm(prompts, "images"), folders)):
-        files = [folder / "samples" / f"{i:04d}.png" for i in range(n)]
-        wanted = [i for i in range(n) if not is_complete(files[i])]
-        if wanted:
-            images = make(prompt["prompt"], wanted, index)
-            assert images.shape[:2] == (len(wanted), 3) and images.dtype == torch.uint8, (images.shape, images.dtype)
-            for i, image in zip(wanted, images):
-                write_whole(files[i], Image.fromarray(image.permute(1, 2, 0).numpy()).save)
-
-
-# ------------------------------------------------------------------------------------------------ tables and speed
-# How keys are called at the head of a column, where not by themselves
-HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.", accuracy="acc.", ms_per_image="ms/image")
-
-
-def text_table(rows, *keys):
-    """Rows, a list of dicts -> text: a line of heads, then the rows. Of the keys, those that some row has; numbers with two digits."""
-    keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
-    lines = [[HEADS.get(key, key) for key in keys]] + [
-        ["" if (x := row.get(key)) is None else f"{x:.2f}" if isinstance(x, float) else str(x) for key in keys] for row in rows]
-    widths = [f"{'<' if key in ('model', 'method', 'table', 'row') else '>'}{max(map(len, x))}" for key, x in zip(keys, zip(*lines))]
-    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)
-
-
-class Stopwatch:
-    """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
-    def __init__(self, device, first):
-        self.device, self.first, self.rounds, self.part = device, first, [], None
-
-    def mark(self, part):
-        if self.device == "cuda":
-            torch.cuda.synchronize()                                             # kernels run on while Python is further
-        now = time.perf_counter()
-        if self.part:
-            self.rounds[-1][self.part] = self.rounds[-1].get(self.part, 0.0) + now - self.begin
-        if part == self.first:
-            self.rounds.append({})
-        self.part, self.begin = part, now
-
-    def milliseconds(self, warm_up=2):
-        """{part: median over the rounds}, and "total"; without the first rounds, and the last, which nothing has ended."""
-        rounds = [r | dict(total=sum(r.values())) for r in self.rounds[warm_up:-1]]
-        return {part: 1000 * median(r[part] for r in rounds) for part in rounds[0]}
-
-
-@torch.no_grad()
-def bench_sampling(run, device, batch):
-    """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and `batch` at a time."""
-    rows = []
-    for name, model, steps in models_of(run, (16, 8, 4, 1) if run.teacher else ()):
-        for n in sorted({1, batch}):
-            watch, c = Stopwatch(device, "transformer"), shown(run)[0]
-            c = c[torch.arange(n) % len(c)].to(device)
-            for _ in range(3 if run.cfg.smoke else 7):                           # two of them warm up
-                watch.mark("transformer")                                        # and the draws of tokens
-                z = fpd.tokens(model, c, fpd.generators(0, 0, n, device), run.cfg, steps)
-                watch.mark("decoder")
-                to_uint8(run.tokenizer.decode(run.tokenizer.E[z], c)).cpu()
-            watch.mark("transformer")
-            ms = watch.milliseconds()
-            rows.append(dict(model=name, steps=steps or 1, batch=n, images_per_second=1000 * n / ms["total"],
-                             **{part: ms[key] / n for part, key in dict(ms_per_image="total", transformer="transformer", decoder="decoder").items()}))
-    return rows
-
-
-def bench_training(distil, cfg, parts, device):
-    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is train.distil itself.
-
-    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
-    it does not need, are in memory all the same.
-    """
-    rows, public = [], cfg.dataset in OFFICIAL and not cfg.smoke
-    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
-        if public and "gan_weight" in settings and not cfg.gan_weight:
-            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
-            continue
-        watch = Stopwatch(device, "condition")
-
-        def hook(module, inputs):                                                # student and auxiliary are copies of the teacher, hook included
-            if module is parts.teacher:
-                watch.mark("refinement")
-            elif watch.part == "refinement":
-                watch.mark("auxiliary")
-        handle = parts.teacher.register_forward_pre_hook(hook)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
-        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
-        with tempfile.TemporaryDirectory() as folder:
-            distil(this, parts, Path(folder), device, watch.mark)
-        handle.remove()
-        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=peak_gb(device)))
-    return rows
-
-
-def peak_gb(device):
-    """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource                                                              # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def bench(args, device):
-    """--bench: prints two tables, of sampling and of a training step; bench.json in the run's folder."""
-    import train                                                               # which imports this file
-    run = load_models(args, device, teacher=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    content = dict(protocol=dict(device=name, dataset=run.cfg.dataset, sampling="float32, text encoder not counted", training="bfloat16, drift "
-                   "float32" if device == "cuda" else "float32", torch=torch.__version__), sampling=bench_sampling(run, device, args.batch))
-    print(content["protocol"])
-    print(text_table(content["sampling"], "model", "steps", "batch", "ms_per_image", "transformer", "decoder", "images_per_second"))
-    if args.run:                                                               # else there are no settings to train with
-        cfg, parts = train.Config(**{**vars(train.Config()), **vars(run.cfg)}), run
-        if cfg.dataset in OFFICIAL and not cfg.smoke:
-            parts = run = None                                                 # now with Phi
-            parts = train.load_official(cfg, device)
-        else:
-            parts.captions, parts.files = run.names if run.text else None, {}
-        content["training"] = rows = bench_training(train.distil, cfg, parts, device)
-        print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}")
-        print(text_table(rows, "method", "condition", "student", "refinement", "auxiliary", "decode", "lift", "drift", "gan", "backward", "update",
-                         "total", "peak_gb"))
-    write_json(Path(args.run or ".") / "bench.json", content)
-
-
-# ------------------------------------------------------------------------------------------------ the command
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line become a ValueError, for `run_command`; no guessing at shortened flags."""
     def __init__(self, **kwargs):

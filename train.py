@@ -26,11 +26,19 @@ import math
 import os
 import platform
 import re
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import types
+import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -42,7 +50,8 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words, find_backbone, imagenet_names, load_backbone
+from models import (FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words,
+                    find_backbone, imagenet_names, load_backbone)
 
 
 @dataclasses.dataclass
@@ -58,6 +67,7 @@ class Config:
     resume: bool = False              # go on with an interrupted run (the newest, or --name) and its settings
     gpus: int = None                  # 0: CPU, N: N CUDA GPUs, a process each; 1 where there is one when not given
     smoke: bool = False               # tiny step counts: proves the set-up, learns nothing
+    bench: bool = False               # time sampling and a training step, by parts, in place of a run
     ablations: int = 0                # seeds for each row of ABLATIONS, for which the other settings are the base; 0: a single run
     seed: int = 0                     # of the distillation, its samples and its report
     # preparation of the small worlds
@@ -162,7 +172,7 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **kind)
     typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
     if typed.get("resume"):
-        folder = sample.run_folder(Config(name=typed.get("name", ""), resume=True))
+        folder = run_folder(Config(name=typed.get("name", ""), resume=True))
         saved = sample.read_checkpoint(folder)
         settings = {**dataclasses.asdict(Config()), **saved["config"], "name": folder.name}
         for key in FIXED + ("steps",) * (settings["method"] == "sdtt"):          # whose rounds are quarters of the run
@@ -240,6 +250,167 @@ def check(cfg):
     want(started == 1 or cfg.gpus in (None, 0, started), f"--gpus {cfg.gpus}, but {started} processes were started; leave --gpus away")
 
 
+# ------------------------------------------------------------------------------------------------ runs on disk, stopping and going on
+def run_folder(cfg):
+    """runs/<name>: the one to resume, or a new one. A finished or foreign run is never written into."""
+    runs = Path("runs")
+    name = cfg.dataset + (f"-{cfg.method}" if cfg.method != "fpd" else "") + ("-anywhere" if cfg.anywhere else "") + ("-smoke" if cfg.smoke else "")
+    if cfg.ablations:
+        return runs / f"ablations-{name}{'-' if cfg.name else ''}{cfg.name}"     # goes on by itself, see train.ablate
+    if cfg.resume:
+        folder = runs / cfg.name if cfg.name else sample.newest_run(runs)
+        if not (folder / "checkpoint.pt").is_file():
+            raise ValueError(f"--resume: there is no {folder / 'checkpoint.pt'}")
+        return folder
+    if cfg.name:
+        if Path(cfg.name).name != cfg.name or cfg.name in ("..", "prepared"):
+            raise ValueError(f"--name {cfg.name} cannot be the name of a folder in runs/; choose another")
+        begun = {".config.json", "config.json", "samples", "checkpoint.pt.tmp"}      # what a run leaves that was killed before its first save
+        if {path.name for path in (runs / cfg.name).glob("*")} - begun:
+            raise ValueError(f"runs/{cfg.name} exists already: add --resume to go on with it, or choose another --name")
+        return runs / cfg.name
+    numbered = (runs / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(folder for folder in numbered if not folder.exists())
+
+
+@contextmanager
+def ctrl_c():
+    """with ctrl_c() as pressed: Ctrl-C only fills that list, so that the step under way is finished and what is saved is whole.
+
+    A second Ctrl-C does not wait. One that came too late for the loop stops the program where the block ends.
+    """
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def tensors(content):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for x in content.values() if isinstance(content, dict) else content:
+            yield from tensors(x)
+
+
+def save(path, content):
+    """Whole, finite and readable, or not at all: only what was forced to the disk and read back takes the old file's place. OSError"""
+    path, new = Path(path), Path(f"{path}.tmp")
+    if not all(torch.isfinite(t).all() for t in tensors(content)):
+        raise ValueError(f"{path} would have held numbers that are NaN or infinite; it was left as it is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(new, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(new) as written:                                    # torch.load does not look at the checksums
+            if written.testzip():
+                raise OSError("what was written cannot be read back")
+        os.replace(new, path)
+    except Exception as error:
+        raise OSError(f"{path} could not be written, and was left as it is: {str(error).splitlines()[0]}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def versions():
+    """What a checkpoint was made with: python, torch, numpy and the git revision, "-dirty" if changed since, "unknown" outside of git."""
+    git = subprocess.run("git --no-optional-locks describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=version("numpy"), git=git or "unknown")
+
+
+def check_finite(recent, stage, good):
+    """ValueError with the first step and term that is NaN or infinite. recent: list of (step, {term: number}), emptied when all is well
+
+    stage   of the run, in words;   good: the file where its last good state would be
+    """
+    for step, terms in recent:
+        for term, value in terms.items():
+            if not math.isfinite(value):
+                last = f"{good}, step {torch.load(good, weights_only=True, mmap=True)['step']}" if Path(good).exists() else "there is none yet"
+                raise ValueError(f"{stage}: {term} is {float(value)} at step {step}; the last good checkpoint: {last}")
+    recent.clear()
+
+
+# ------------------------------------------------------------------------------------------------ several processes, one for each GPU
+# Each draws its own conditions and drafts, and compares them among themselves alone: drafts of different classes never meet in the drift
+# anyway (per_class), and DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two numbers are of a
+# process's own batch that would be of all drafts in one large batch: the unit of distance and the RMS of the drift.
+def launch(n):
+    """The same command in `n` processes of this machine, by torchrun; does not return."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def ranks():
+    """-> the rank of this process, 0 when it is alone, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def meet(device):
+    """Join the processes that `launch` or torchrun started, if any. -> this one's rank. Only rank 0 speaks and writes."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # "cuda" is this one from now on
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                             # rank 0 decides
+    return ranks()[0]
+
+
+def any_of_all(flag):
+    """Does any process say so? Waits for all of them; on the host, so that no GPU has to wait."""
+    if dist.is_initialized():
+        flag = torch.tensor(int(bool(flag)))
+        try:
+            dist.all_reduce(flag)
+        except RuntimeError:                                                     # one of them has failed, and said why; now we are ended, too
+            time.sleep(60)
+            sys.exit(1)
+    return bool(flag)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...]"""
+    everything = [x] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everything, x)
+    return everything
+
+
+def average_gradients(opt, *_):
+    """Before a step of `opt`: the mean of all processes' gradients, in place."""
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad /= dist.get_world_size()
+            dist.all_reduce(p.grad)
+
+
+def share_gradients(student, *helpers):
+    """-> what the loop calls in place of the student: backward leaves the mean over all processes. Likewise the helpers' own optimisers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return student
+    shared = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+    shared.K, shared.L, shared.state_dict = student.K, student.L, student.state_dict
+    for helper in helpers:
+        if hasattr(helper, "opt"):                                               # of the discriminator, of Di[M]O's auxiliary network
+            helper.opt.register_step_pre_hook(average_gradients)
+    return shared
+
+
 # ------------------------------------------------------------------------------------------------ preparation
 class Training:
     """The short training of one part, with AdamW, or Muon (Jordan et al. 2024) for some of its matrices, and a one-cycle learning rate.
@@ -272,11 +443,11 @@ class Training:
                                  "remove the file, and it begins anew") from error
             print(f"{self.part}: going on after step {start}")
         self.bar = tqdm(range(start, n), self.part, initial=start, total=n)
-        with sample.ctrl_c() as interrupted:
+        with ctrl_c() as interrupted:
             for step in self.bar:
                 yield step
                 if interrupted or (step + 1) % self.save_every == 0:
-                    sample.save(self.file, dict(step=step + 1, states=[get() for get, _ in access]))
+                    save(self.file, dict(step=step + 1, states=[get() for get, _ in access]))
                 if interrupted:
                     raise KeyboardInterrupt(f"stopped; saved after step {step + 1} of the {self.part}. Go on with the same command")
 
@@ -286,7 +457,7 @@ class Training:
             opt.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        sample.check_finite([(self.scheds[0].last_epoch + 1, dict(loss=loss.detach(), grad_norm=norm))], self.part, self.file)
+        check_finite([(self.scheds[0].last_epoch + 1, dict(loss=loss.detach(), grad_norm=norm))], self.part, self.file)
         for x in (*self.opts, *self.scheds):
             x.step()
 
@@ -431,7 +602,7 @@ def prepare(cfg, device):
         if not path.exists():
             torch.manual_seed(4 * cfg.prepare_seed + len(files))
             network, args = build(Training(part, half, cfg.save_every))
-            sample.save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
+            save(path, dict(cls=type(network).__name__, args=args, state=network.state_dict(), made_from=key))
         half.unlink(missing_ok=True)                                             # outside of the branch: a kill may have left it behind
         files[part] = str(path)
         setattr(parts, part, sample.load_part(path, device))
@@ -466,10 +637,68 @@ def prepare(cfg, device):
     return parts
 
 
+# ------------------------------------------------------------------------------------------------ around the step (Sec. 4.1)
+def draw_condition(parts, cfg, generator):
+    """The batch's condition: batch / per_class different classes or captions, as far as there are that many, per_class of each. -> (B, ...)"""
+    G, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
+    picks = torch.cat([torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-G // n))])[:G]
+    c = parts.text.encode([parts.captions[i] for i in picks]) if parts.text else picks      # each caption once, however many drafts it gets
+    return c.repeat_interleave(cfg.per_class, 0)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
+    left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)                # 1 where the fall begins, 0 after the last step
+    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
+
+
+@torch.no_grad()
+def update_ema(ema, student, decay):
+    for p, q in zip(ema.parameters(), student.parameters()):
+        p.lerp_(q, 1 - decay)
+
+
+def memory(student, parts, cfg, half, c):
+    """Gigabytes that the distillation should need, an estimate: weights, gradients, Adam and EMA, and what the backward pass keeps.
+
+    The last is counted on one image and on two. Their difference is an image's share; the rest (under autocast, the weights once more as
+    bf16) does not grow. Buffers that live for a moment come on top. c: any condition of two images
+    """
+    E, lift = parts.tokenizer.E, fpd.Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
+    networks = [student] * 5 + [parts.teacher, parts.tokenizer, parts.phi]       # student: weights, gradient, two of Adam, EMA
+    if parts.text:
+        networks.append(parts.text)
+    counted = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+
+    def kept(forward, B):
+        """Bytes that the backward pass of forward(B) would keep, besides the weights."""
+        storages = {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in counted:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t.detach()                                                    # t may be what the graph node made: a cycle, never freed
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), half:
+            alive = forward(B)                                                   # else memory would be freed, and counted twice
+        del alive
+        return sum(storages.values())
+
+    def draft(B):
+        return student(torch.full((B, student.L), student.K, device=E.device), c[:B])
+
+    def lifted(B):
+        return lift.features(lift.decode(E[torch.zeros(B, student.L, dtype=torch.long, device=E.device)].requires_grad_(), c[:B]))
+
+    (draft1, draft2), (lift1, lift2) = [(kept(f, 1), kept(f, 2)) for f in (draft, lifted)]
+    fixed = sum(p.nbytes for network in networks for p in network.parameters()) + 2 * draft1 - draft2 + 2 * lift1 - lift2
+    images = cfg.batch * (draft2 - draft1) + min(cfg.batch, cfg.lift_chunk or cfg.batch) * (lift2 - lift1)
+    return (fixed + images) / 1e9
+
+
 # ------------------------------------------------------------------------------------------------ distillation
 def go_on(folder, made_with, student, ema, opt, generator, gan, other):
     """--resume: everything as it was in the checkpoint of `folder`. -> its step. ValueError where it cannot go on here"""
-    saved, (rank, n_ranks) = sample.read_checkpoint(folder), sample.ranks()
+    saved, (rank, n_ranks) = sample.read_checkpoint(folder), ranks()
     states = torch.atleast_2d(saved["rng"])                                      # one for each process
     if states[0].shape != generator.get_state().shape:
         raise ValueError(f"--resume: {folder} did not run on {generator.device}, and its random numbers can only go on where they began")
@@ -511,42 +740,42 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
 
     mark   is told which part of a step begins, "condition" first (evaluate.py --bench)
     """
-    rank, n_ranks = sample.ranks()
+    rank, n_ranks = ranks()
     student, ema = copy.deepcopy(parts.teacher).requires_grad_(True), copy.deepcopy(parts.teacher)
     for p in student.text_parameters() if cfg.freeze_text else ():
         p.requires_grad_(False)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)     # all randomness of the distillation; 32 bits count
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
-    lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, sample.versions()
-    c = fpd.draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
+    lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, versions()
+    c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     gan = fpd.Gan(cfg, parts, device, n_ranks) if cfg.gan_weight else None
     other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
-        print(f"memory: about {fpd.memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (an estimate; --lift-chunk N needs less)")
+        print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (an estimate; --lift-chunk N needs less)")
     if cfg.resume:
         start = go_on(folder, made_with, student, ema, opt, generator, gan, other)
-    drafting, recent = fpd.share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
+    drafting, recent = share_gradients(student, gan, other), []           # recent: steps whose numbers nobody has looked at
 
     def save_state(step):
-        sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
-        states = sample.gather(generator.get_state())
+        check_finite(recent, "distillation", folder / "checkpoint.pt")
+        states = gather(generator.get_state())
         if rank == 0:
-            sample.save(folder / "checkpoint.pt", dict(
+            save(folder / "checkpoint.pt", dict(
                 format=sample.FORMAT, step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.files,
                 student=student.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), rng=torch.stack(states),
                 gan=gan.state() if gan else None, method=other.state() if other else None, versions=made_with))
-        sample.any_of_all(False)                                                 # where it cannot be written, nobody goes on
+        any_of_all(False)                                                 # where it cannot be written, nobody goes on
 
     if not cfg.resume:
         save_state(0)                                                            # a disk that is too small is noticed now, not after hours
     log = open(os.devnull, "w") if rank else open_log(folder / "log.jsonl", start)
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps, disable=rank > 0)
-    with log, sample.ctrl_c() as interrupted:
+    with log, ctrl_c() as interrupted:
         for step in bar:
-            opt.param_groups[0]["lr"] = fpd.learning_rate(step, cfg)
+            opt.param_groups[0]["lr"] = learning_rate(step, cfg)
             mark("condition")
-            c = fpd.draw_condition(parts, cfg, generator).to(device)             # (B, ...)
+            c = draw_condition(parts, cfg, generator).to(device)             # (B, ...)
             mark("student")
             with half:
                 if other:
@@ -569,15 +798,15 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
             logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
             recent.append((step, dict(loss=loss.detach(), **logs)))
             if E.device.type == "cpu" or step % cfg.log_every == 0:              # to look at them, a GPU would have to wait at every step
-                sample.check_finite(recent, "distillation", folder / "checkpoint.pt")
+                check_finite(recent, "distillation", folder / "checkpoint.pt")
             opt.step()
             opt.zero_grad(set_to_none=True)                                      # now, so that they are gone while the next step's graph grows
-            fpd.update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))  # the ramp forgets the teacher's first drafts
+            update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))  # the ramp forgets the teacher's first drafts
             if step % cfg.log_every == 0:
                 tell(log, bar, {"step": step, "loss": loss.item(), **{k: float(v) for k, v in logs.items()}}, gan)
             if step % cfg.sample_every == 0 and rank == 0:
                 sample_sheet(cfg, parts, ema, folder / "samples" / f"{step:06d}.png")
-            stop = sample.any_of_all(interrupted)                                # all of them after the same step
+            stop = any_of_all(interrupted)                                # all of them after the same step
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save_state(step)
             if stop:
@@ -661,27 +890,125 @@ def ablate(base, root, device):
     evaluate.write_report(root, protocol, rows, evaluate.ablation_table, pictures, captions)     # pictures as in Fig. 3
 
 
+# ------------------------------------------------------------------------------------------------ the bench
+class Stopwatch:
+    """Seconds of the parts of something done several times. mark(part): one part ends, this one begins; the part `first` begins a new round."""
+    def __init__(self, device, first):
+        self.device, self.first, self.rounds, self.part = device, first, [], None
+
+    def mark(self, part):
+        if self.device == "cuda":
+            torch.cuda.synchronize()                                             # kernels run on while Python is further
+        now = time.perf_counter()
+        if self.part:
+            self.rounds[-1][self.part] = self.rounds[-1].get(self.part, 0.0) + now - self.begin
+        if part == self.first:
+            self.rounds.append({})
+        self.part, self.begin = part, now
+
+    def milliseconds(self, warm_up=2):
+        """{part: median over the rounds}, and "total"; without the first rounds, and the last, which nothing has ended."""
+        rounds = [r | dict(total=sum(r.values())) for r in self.rounds[warm_up:-1]]
+        return {part: 1000 * median(r[part] for r in rounds) for part in rounds[0]}
+
+
+@torch.no_grad()
+def bench_sampling(cfg, parts, device):
+    """-> rows: ms per image and images per second of the student and of the teacher in 1 to 16 steps, alone and 64 at a time.
+
+    The student is the teacher's network with other weights: its single pass takes as long
+    """
+    rows = []
+    for name, steps in (("teacher", 16), ("teacher", 8), ("teacher", 4), ("teacher", 1), ("student", 0)):
+        for n in (1, 64):
+            watch, c = Stopwatch(device, "transformer"), sample.shown(parts)[0]
+            c = c[torch.arange(n) % len(c)].to(device)
+            for _ in range(3 if cfg.smoke else 7):                               # two of them warm up
+                watch.mark("transformer")                                        # and the draws of tokens
+                z = sample.tokens(parts.teacher, c, fpd.generators(0, 0, n, device), cfg, steps)
+                watch.mark("decoder")
+                tok.to_uint8(parts.tokenizer.decode(parts.tokenizer.E[z], c)).cpu()
+            watch.mark("transformer")
+            ms = watch.milliseconds()
+            rows.append(dict(model=name, steps=steps or 1, batch=n, images_per_second=1000 * n / ms["total"], ms_per_image=ms["total"] / n,
+                             transformer=ms["transformer"] / n, decoder=ms["decoder"] / n))
+    return rows
+
+
+def bench_training(cfg, parts, device):
+    """-> rows: ms of a training step of FPD, FPD + GAN and Di[M]O, by parts, and peak memory. The loop is `distil` itself.
+
+    In a row of Di[M]O the auxiliary network's forward and backward passes are a part of their own; the frozen decoder and Phi, which
+    it does not need, are in memory all the same.
+    """
+    rows, public = [], cfg.dataset in sample.OFFICIAL and not cfg.smoke
+    for name, settings in {"FPD": dict(), "FPD + GAN": dict(gan_weight=cfg.gan_weight or 1.0), "Di[M]O": dict(method="dimo")}.items():
+        if public and "gan_weight" in settings and not cfg.gan_weight:
+            print("FPD + GAN: left out, only a run with --gan-weight knows its real images")
+            continue
+        watch = Stopwatch(device, "condition")
+
+        def hook(module, inputs):                                                # student and auxiliary are copies of the teacher, hook included
+            if module is parts.teacher:
+                watch.mark("refinement")
+            elif watch.part == "refinement":
+                watch.mark("auxiliary")
+        handle = parts.teacher.register_forward_pre_hook(hook)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        never = dict(sample_every=10 ** 9, save_every=10 ** 9, log_every=10 ** 9, resume=False)
+        this = dataclasses.replace(cfg, **{**dict(method="fpd", gan_weight=0.0), **settings, **never}, steps=4 if cfg.smoke else 9)
+        with tempfile.TemporaryDirectory() as folder:
+            distil(this, parts, Path(folder), device, watch.mark)
+        handle.remove()
+        rows.append(dict(method=name, **watch.milliseconds(), peak_gb=peak_gb(device)))
+    return rows
+
+
+def peak_gb(device):
+    """Most memory at once: of the GPU since its count was reset; without one, of the process since it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource                                                              # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def bench(cfg, parts, folder, device):
+    """--bench: prints two tables, of sampling and of a training step; bench.json in `folder`."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    protocol = dict(device=name, dataset=cfg.dataset, sampling="float32, text encoder not counted",
+                    training="bfloat16, drift float32" if device == "cuda" else "float32", torch=torch.__version__)
+    content = dict(protocol=protocol, sampling=bench_sampling(cfg, parts, device))
+    print(protocol)
+    print(evaluate.text_table(content["sampling"], "model", "steps", "batch", "ms_per_image", "transformer", "decoder", "images_per_second"))
+    content["training"] = bench_training(cfg, parts, device)
+    print(f"training step, batch {cfg.batch}, ms; peak_gb is of the {'GPU' if device == 'cuda' else 'process so far'}")
+    print(evaluate.text_table(content["training"], "method", "condition", "student", "refinement", "auxiliary", "decode", "lift", "drift",
+                              "gan", "backward", "update", "total", "peak_gb"))
+    sample.write_json(folder / "bench.json", content)
+
+
 def main():
     cfg, several = parse(), "RANK" in os.environ
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
-    folder = sample.run_folder(cfg)
+    folder = run_folder(cfg)
     for place in (folder, "runs/prepared"):
         sample.check_writable(place)
     if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:               # bad --data should end here, before anything is written
         raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept for the report")
     if (cfg.gpus or 0) > 1 and not several:
-        return sample.launch(main, cfg.gpus)
-    rank = sample.meet(device)                                                   # after this, `folder` may exist
+        launch(cfg.gpus)
+    rank = meet(device)                                                   # after this, `folder` may exist
     print(f"run {folder} on {device}, torch {torch.__version__}, python {platform.python_version()}")
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
     if cfg.ablations:
         return ablate(cfg, folder, device)
     begin = time.time()
     if rank:
-        sample.any_of_all(False)                                                 # rank 0 prepares, the others find it done
+        any_of_all(False)                                                 # rank 0 prepares, the others find it done
     parts = prepare(cfg, device)
     if not rank:
-        sample.any_of_all(False)
+        any_of_all(False)
     for part, path in parts.files.items():
         network = getattr(parts, part)
         print(f"{part}: {type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, {path}")
@@ -689,6 +1016,8 @@ def main():
     if not rank:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         sample.write_json(folder / "config.json", dataclasses.asdict(cfg))
+    if cfg.bench:
+        return bench(cfg, parts, folder, device)
     distil(cfg, parts, folder, device)
     if several:
         dist.destroy_process_group()
