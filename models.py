@@ -308,7 +308,9 @@ def score_encoding(score, width):
     """Aesthetic scores (B,) -> (B, width): sines, then cosines. The longest period is about 1000,
     not 10000 as is usual."""
     half = width // 2
-    frequencies = torch.exp(-math.log(1000) * torch.arange(half, device=score.device) / half)
+    # in float64: angles reach 650, and the last bit of a float32 exp is another on every processor
+    i = torch.arange(half, dtype=torch.float64, device=score.device)
+    frequencies = torch.exp(-math.log(1000) * i / half).float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
