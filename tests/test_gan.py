@@ -41,7 +41,7 @@ def spectral_fill(case):
 def official():
     """-> case, the whole discriminator with its weights, the image (2, 3, 256, 256)"""
     case = load_case("stylegan_xl_d", "projected_discriminator_uncond")
-    D = fpd.load_discriminator({"deit": timm_weights(DEIT), "efficientnet": timm_weights(EFFICIENTNET)})
+    D = models.load_discriminator({"deit": timm_weights(DEIT), "efficientnet": timm_weights(EFFICIENTNET)})
     tokenizer.load_strictly(D, spectral_fill(case), "the fixture")     # the official keys, none more and none less
     cells = np.random.RandomState(801).uniform(-1, 1, size=(2, 3, 64, 64)).astype(np.float32)
     return case, D, torch.from_numpy(cells.repeat(4, 2).repeat(4, 3))
@@ -145,7 +145,7 @@ def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
     """Files with and without what the discriminator does not use; a missing or foreign one is told in one line."""
     class Tiny(models.EfficientNet):                                   # of the second network, without its 87 M parameters
         name, part, unused = EFFICIENTNET, "deit", models.EfficientNet.unused
-    monkeypatch.setattr(fpd, "FEATURE_NETWORKS", (Tiny, models.EfficientNet))
+    monkeypatch.setattr(models, "FEATURE_NETWORKS", (Tiny, models.EfficientNet))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"no weights for deit: .*model.safetensors of .* timm/{EFFICIENTNET}.in1k .*--deit-weights") as error:
         models.find_backbone(EFFICIENTNET, part="deit")                # offline, see conftest
@@ -153,17 +153,17 @@ def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
     state = timm_weights(EFFICIENTNET)
     bare = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     whole = state | {"classifier.weight": torch.zeros(1000, 1280), "conv_head.weight": torch.zeros(1280, 320, 1, 1), "bn2.bias": torch.zeros(1280)}
-    D = fpd.load_discriminator({"deit": whole, "efficientnet": bare}, image_size=64)
+    D = models.load_discriminator({"deit": whole, "efficientnet": bare}, image_size=64)
     for key, value in D.networks[EFFICIENTNET].net.state_dict().items():
         assert torch.equal(value, state[key])
     (tmp_path / "weights").mkdir()
     save_file(whole, tmp_path / "weights" / f"{EFFICIENTNET}.safetensors")
     found = models.find_backbone(EFFICIENTNET)
-    fpd.load_discriminator({"deit": found, "efficientnet": found}, image_size=64)
+    models.load_discriminator({"deit": found, "efficientnet": found}, image_size=64)
     del bare["conv_stem.weight"]
     for src, words in ((bare, "tf_efficientnet_lite0.* key conv_stem.weight is missing$"), (tmp_path / "no.pth", "no such file")):
         with pytest.raises(ValueError, match=words) as error:
-            fpd.load_discriminator({"deit": src})
+            models.load_discriminator({"deit": src})
         assert "\n" not in str(error.value)
 
 
