@@ -6,13 +6,13 @@ import pytest
 from conftest import in_process, refused
 from test_fpd import System
 
-import sample
+import train
 
 
 def test_stopwatch_gives_the_median_round_without_warm_up_and_end(monkeypatch):
     clock = iter((0, 1, 100, 101, 111, 113, 116, 117, 1000))           # rounds: 1 + 99, 1 + 10, 2 + 3, 1 + 883
-    monkeypatch.setattr(sample, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    watch = sample.Stopwatch("cpu", "a")
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    watch = train.Stopwatch("cpu", "a")
     for part in "ababababa":                                           # the last round never ends
         watch.mark(part)
     assert watch.milliseconds(warm_up=1) == dict(a=1000, b=10_000, total=11_000)

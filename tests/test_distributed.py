@@ -1,4 +1,4 @@
-"""Several processes: two of them with gloo on the CPU do what one does, twice. torchrun starts this file itself; sample.launch the command."""
+"""Several processes: two of them with gloo on the CPU do what one does, twice. torchrun starts this file itself; train.launch the command."""
 import os
 import signal
 import subprocess
@@ -50,7 +50,7 @@ def same_everywhere(network):
 
 
 def two_processes(folder):
-    rank = sample.meet("cpu")
+    rank = train.meet("cpu")
     kept = []
     for cls in (fpd.Gan, fpd.DiMO, fpd.SDTT):
         def keep(self, *args, old=cls.__init__):
@@ -117,7 +117,7 @@ def test_launch_runs_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", "train.py --dataset imagenet --smoke --gpus 0 --steps 1 --batch 4 --per-class 2".split())
     before = signal.getsignal(signal.SIGINT)
     try:
-        sample.launch(train.main, 2)
+        train.launch(train.main, 2)
     finally:
         signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().out.count("Nothing was learnt") == 1

@@ -179,7 +179,7 @@ def contents(out):
 
 def test_images_lie_as_the_official_scorer_reads_them(prompts, tmp_path):
     out = tmp_path / "new" / "out"
-    sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
+    evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
     assert sorted(contents(out)) == [f"{i:05d}/{name}" for i in (0, 1) for name in ("metadata.jsonl", *(f"samples/{j:04d}.png" for j in range(4)))]
     for index, prompt in enumerate([PROMPT, COLOR]):
         assert json.loads((out / f"{index:05d}" / "metadata.jsonl").read_text()) == prompt
@@ -190,13 +190,13 @@ def test_images_lie_as_the_official_scorer_reads_them(prompts, tmp_path):
 def test_images_that_exist_are_not_made_again(prompts, tmp_path):
     """One file is missing, one cut short, one empty, one damaged: these are made, and end as in one go. Complete ones are not touched."""
     out, asked = tmp_path / "out", []
-    sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
+    evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
     whole = contents(out)
 
     def make(caption, numbers, index):
         asked.append((caption, numbers, index))
         return make_images(caption, numbers, index)
-    sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make)
+    evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make)
     assert asked == []
     (missing, _, cut, empty), (_, kept, _, damaged) = ([out / folder / "samples" / f"{i:04d}.png" for i in range(4)] for folder in ("00000", "00001"))
     missing.unlink()
@@ -206,7 +206,7 @@ def test_images_that_exist_are_not_made_again(prompts, tmp_path):
     data[36] -= 20                                                             # length of the pixels' chunk: PIL has a SyntaxError for that
     damaged.write_bytes(data)
     before = kept.stat().st_mtime_ns
-    sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make)
+    evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make)
     assert asked == [(PROMPT["prompt"], [0, 2, 3], 0), (COLOR["prompt"], [3], 1)]
     assert contents(out) == whole and kept.stat().st_mtime_ns == before
 
@@ -222,17 +222,17 @@ def test_interrupted_run_leaves_whole_files_only(prompts, tmp_path, monkeypatch)
         save(image, path, *args)
     monkeypatch.setattr(sample.Image.Image, "save", stop)
     with pytest.raises(KeyboardInterrupt):
-        sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
+        evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
     monkeypatch.undo()
     assert [path.name for path in (out / "00001" / "samples").iterdir() if path.name[0].isdigit()] == []
     for folder in (out, tmp_path / "other"):
-        sample.geneval_images(evaluate.read_prompts(prompts), prompts, folder, make_images)
+        evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, folder, make_images)
     assert contents(out) == contents(tmp_path / "other")
 
 
 def test_folder_of_another_prompts_file_is_refused(prompts, tmp_path):
     out = tmp_path / "out"
-    sample.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
+    evaluate.geneval_images(evaluate.read_prompts(prompts), prompts, out, make_images)
     other = write_jsonl(tmp_path / "other.jsonl", [PROMPT, PROMPT])
     with pytest.raises(ValueError, match="00001/metadata.jsonl has another prompt than .*other.jsonl"):
-        sample.geneval_images(evaluate.read_prompts(other), other, out, lambda *_: pytest.fail("no image should be made"))
+        evaluate.geneval_images(evaluate.read_prompts(other), other, out, lambda *_: pytest.fail("no image should be made"))

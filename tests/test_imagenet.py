@@ -93,7 +93,7 @@ def test_the_estimate_of_memory_counts_weights_and_images():
                                         teacher=models.MaskGIT(num_classes=1000).requires_grad_(False), text=None)
     student = models.MaskGIT(num_classes=1000)
     def estimate(**change):
-        return fpd.memory(student, parts, train.dataclasses.replace(cfg, **change), half, torch.tensor([207, 88]))
+        return train.memory(student, parts, train.dataclasses.replace(cfg, **change), half, torch.tensor([207, 88]))
     weights = sum(p.numel() * 4 for network in [student] * 5 + list(filter(None, vars(parts).values())) for p in network.parameters()) / 1e9
     assert weights < estimate() < estimate(batch=8)
     assert estimate(batch=14) - estimate(batch=8) == pytest.approx(estimate(batch=8) - estimate(), rel=1e-6)
@@ -108,7 +108,7 @@ def test_the_estimate_of_memory_keeps_none():
     student, made = models.MaskGIT(num_classes=3), []
     for module in student.modules():
         module.register_forward_hook(lambda module, args, out: made.append(weakref.ref(out if torch.is_tensor(out) else out[0])))
-    fpd.memory(student, parts, train.parse([]), torch.autocast("cpu", torch.bfloat16, enabled=False), torch.tensor([0, 1]))
+    train.memory(student, parts, train.parse([]), torch.autocast("cpu", torch.bfloat16, enabled=False), torch.tensor([0, 1]))
     assert len(made) > 30 and not any(tensor() is not None for tensor in made)
 
 

@@ -212,10 +212,10 @@ def test_a_short_training_goes_on_to_the_same_state(tmp_path):
 def test_ctrl_c_that_no_loop_saw_is_not_lost(request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that was started in the background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with pytest.raises(KeyboardInterrupt), sample.ctrl_c() as pressed:
+    with pytest.raises(KeyboardInterrupt), train.ctrl_c() as pressed:
         signal.raise_signal(signal.SIGINT)
         assert pressed
-    with pytest.raises(KeyboardInterrupt), sample.ctrl_c():
+    with pytest.raises(KeyboardInterrupt), train.ctrl_c():
         for _ in range(2):                                             # the second does not wait
             signal.raise_signal(signal.SIGINT)
         raise AssertionError
@@ -227,10 +227,10 @@ def test_a_run_killed_before_its_first_save_does_not_block_its_name(tmp_path, mo
     (folder / "samples").mkdir(parents=True)
     for name in ("config.json", "checkpoint.pt.tmp"):
         (folder / name).touch()
-    assert sample.run_folder(train.Config(name="a")) == folder
+    assert train.run_folder(train.Config(name="a")) == folder
     (folder / "log.jsonl").touch()
     with pytest.raises(ValueError, match="runs/a exists already"):
-        sample.run_folder(train.Config(name="a"))
+        train.run_folder(train.Config(name="a"))
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -251,7 +251,7 @@ def one_bit_off(content, file, write=torch.save):
                                         ("nan", "NaN or infinite")])
 def test_what_cannot_be_saved_leaves_the_last_file_alone(tmp_path, monkeypatch, capsys, what, says):
     path, content = tmp_path / "checkpoint.pt", dict(step=1, weights=[torch.ones(1000)])
-    sample.save(path, content)
+    train.save(path, content)
     if what == "full":
         if not Path("/dev/full").exists():
             pytest.skip("no /dev/full, a disk without space, on this system")
@@ -262,7 +262,7 @@ def test_what_cannot_be_saved_leaves_the_last_file_alone(tmp_path, monkeypatch, 
         monkeypatch.setattr(torch, "save", {"half": half_written, "bit": one_bit_off}[what])
         monkeypatch.setattr("builtins.open", lambda file, mode, open=open: open(file, mode.replace("wb", "w+b")))       # to read that bit
     with pytest.raises(SystemExit) as stop:
-        sample.run_command(lambda: sample.save(path, content | dict(step=2)))
+        sample.run_command(lambda: train.save(path, content | dict(step=2)))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err and str(path) in err
     assert list(tmp_path.iterdir()) == [path] and same(load(path), dict(step=1, weights=[torch.ones(1000)]))
@@ -270,16 +270,16 @@ def test_what_cannot_be_saved_leaves_the_last_file_alone(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("made, says", [(sample.FORMAT + 1, "newer than"), (sample.FORMAT - 1, "older than")])
 def test_another_format_is_named_whatever_else_is_in_it(tmp_path, made, says):
-    sample.save(tmp_path / "checkpoint.pt", dict(format=made, versions=dict(git="abc")))
+    train.save(tmp_path / "checkpoint.pt", dict(format=made, versions=dict(git="abc")))
     with pytest.raises(ValueError, match=f"has format {made}, {says} {sample.FORMAT}, .* git revision abc"):
         sample.read_checkpoint(tmp_path)
 
 
 def test_versions_name_the_git_revision_where_there_is_one(tmp_path, monkeypatch):
-    assert sample.versions()["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", sample.versions()["git"])
+    assert train.versions()["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", train.versions()["git"])
     monkeypatch.setattr(sample, "__file__", str(tmp_path / "sample.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert sample.versions()["git"] == "unknown"
+    assert train.versions()["git"] == "unknown"
 
 
 # ------------------------------------------------------------------------------------------------ NaN and infinity
@@ -306,15 +306,15 @@ def test_a_number_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp
     with pytest.raises(ValueError, match=f"distillation: {term} is (nan|inf) at step {at}; the last good checkpoint: {file}, step {at - 1}"):
         distil(tmp_path, steps=5, log_every=4, gan_weight=float(term == "gan_scale"))
     saved = load(tmp_path / "checkpoint.pt")
-    assert saved["step"] == at - 1 and all(x.isfinite().all() for x in sample.tensors(saved)) and saved["versions"] == sample.versions()
+    assert saved["step"] == at - 1 and all(x.isfinite().all() for x in train.tensors(saved)) and saved["versions"] == train.versions()
 
 
 def test_numbers_that_a_gpu_hands_over_late_are_still_of_their_step(tmp_path):
     recent = [(step, dict(loss=torch.tensor(1.0), grad_norm=torch.tensor(x))) for step, x in ((1, 1.0), (2, math.inf), (3, math.nan))]
     with pytest.raises(ValueError, match="stage: grad_norm is inf at step 2; the last good checkpoint: there is none yet"):
-        sample.check_finite(recent, "stage", tmp_path / "checkpoint.pt")
+        train.check_finite(recent, "stage", tmp_path / "checkpoint.pt")
     good = recent[:1]
-    sample.check_finite(good, "stage", tmp_path / "checkpoint.pt")
+    train.check_finite(good, "stage", tmp_path / "checkpoint.pt")
     assert not good
 
 

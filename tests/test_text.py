@@ -157,12 +157,12 @@ class Counted(models.Words):
 def test_a_batch_has_runs_of_equal_captions_each_encoded_once():
     cfg = train.Config(batch=12, per_class=3)
     parts = types.SimpleNamespace(text=Counted(), captions=tokenizer.scene_captions(50, 0), names=["a circle"])
-    c = fpd.draw_condition(parts, cfg, torch.Generator().manual_seed(0))
+    c = train.draw_condition(parts, cfg, torch.Generator().manual_seed(0))
     (asked,) = parts.text.asked
     assert len(asked) == len(set(asked)) == 4 and set(asked) <= set(parts.captions)
     assert torch.equal(c, models.Words().encode([caption for caption in asked for _ in range(3)]))
     parts.captions = ["a circle", "a cross", "a square"]                         # fewer than a batch takes: all of them, then again
-    fpd.draw_condition(parts, cfg, torch.Generator().manual_seed(0))
+    train.draw_condition(parts, cfg, torch.Generator().manual_seed(0))
     assert sorted(parts.text.asked[1])[0] == "a circle" and set(parts.text.asked[1]) == set(parts.captions) and len(parts.text.asked[1]) == 4
 
 
