@@ -15,11 +15,16 @@ of pretrained weights.
     B images in the batch   L tokens per image   K codebook entries   d code width
     P = sqrt(L) tokens per side
 """
+import functools
+import hashlib
+import json
 import math
+import os
 import pickle
 import random
 import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
 
 # -------------------------------------------------------------------- images: the shapes world
 # RGB in [-1, 1]. Every class is one colour and one shape, in the order of shapes_names().
@@ -316,20 +322,47 @@ def read_captions(path):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
+def to_rgb(image, bits):
+    """A Pillow image of any mode -> mode "RGB", on white ground where it is transparent.
+
+    bits    of a grey pixel, where a pixel is a number of more than 8 bits
+    ValueError for pixels of which no file says how bright white is
+    """
+    transparent = image.info.get("transparency")
+    if image.mode == "F" or (image.mode.startswith("I") and bits > 16):
+        raise ValueError("its pixels are floats or 32-bit numbers, and nothing says which of them "
+                         "is white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # up to 16 bits: Pillow would clip all above 255 to white
+        values = np.asarray(image, dtype=np.int64)
+        if values.min() < 0:
+            raise ValueError("it has pixels below zero; save it with 8 or 16 bits, black as 0")
+        image = Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
+        if transparent is not None:
+            # PNG's one colour that is transparent
+            image.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+    elif isinstance(transparent, tuple) and max(transparent) > 255:
+        # likewise of a PNG of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_image(path, size=None):
-    """Any image file -> (3, H, W) uint8, EXIF turns applied.
+    """Any image file -> (3, H, W) uint8, EXIF turns applied, on white where it is transparent.
 
     size    None, or pixels per side: the centre square of the image, scaled to it
-    ValueError if the file is no image
+    ValueError if the file is no image, or its pixels are floats or 32-bit numbers
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                # 16-bit grey: PIL would clip it to white
-                values = np.asarray(image, dtype=np.int64) >> 8
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+            bits = 16
+            if image.format == "TIFF":
+                # the tag BitsPerSample: cameras and microscopes have 12
+                bits = image.tag_v2.get(258, (16,))[0]
+            image = to_rgb(ImageOps.exif_transpose(image), bits)
     except Exception as error:
         # any exception: a damaged file can make a decoder raise what it likes
         raise ValueError(f"{path} cannot be read as an image "
@@ -339,46 +372,180 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_files(data):
-    """Paths of all images below a folder, however deep. ValueError when there are none."""
-    files = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in SUFFIXES)
+# What an image folder holds, wherever one is read: files with a suffix of SUFFIXES, in capitals or
+# not, and folders; links to either are followed. Names that begin with a dot are hidden (._x.png,
+# .ipynb_checkpoints, .Trash) and left out, as are all other files; what is left out is counted.
+def list_folder(folder):
+    """One folder -> its images, its folders (both sorted), and a Counter of the rest by kind.
+
+    ValueError when it cannot be listed
+    """
+    images, folders, left_out = [], [], Counter()
+    try:
+        for path in sorted(Path(folder).iterdir()):
+            suffix = path.suffix.lower()
+            if path.name.startswith("."):
+                left_out["hidden folder" if path.is_dir() else "hidden file"] += 1
+            elif path.is_dir():
+                folders.append(path)
+            elif path.is_symlink() and not path.exists():
+                left_out["broken link"] += 1
+            elif suffix in SUFFIXES and path.is_file():
+                images.append(path)
+            else:
+                left_out[f"{suffix or 'other'} file"] += 1
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed: {error.strerror}") from None
+    return images, folders, left_out
+
+
+def find_images(folder):
+    """All images below a folder, however deep.
+
+    Each folder is entered once, so that links that lead back or to the same place do no harm.
+    returns   files (sorted list of paths), Counter of what is not used, see `list_folder`
+    """
+    files, left_out = [], Counter()
+    entered, waiting = set(), [Path(folder)]
+    while waiting:
+        place = waiting.pop()
+        if place.resolve() in entered:
+            left_out["repeated folder"] += 1
+            continue
+        entered.add(place.resolve())
+        images, folders, others = list_folder(place)
+        files += images
+        waiting += folders
+        left_out += others
+    return sorted(files), left_out
+
+
+def image_files(folder, what="--data"):
+    """The files of `find_images`. ValueError when there are none; what: how it calls the folder."""
+    files, left_out = find_images(folder)
     if not files:
-        raise ValueError(f"--data {data}: no images there "
-                         f"(looked for {', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{what} {folder}: no images there "
+                         f"(looked for {', '.join(sorted(SUFFIXES))}{not_used(left_out)})")
     return files
 
 
-def folder_classes(data):
-    """DIR/<class name>/*: the user's own images. ValueError where there are none.
+def not_used(left_out):
+    """A Counter of `list_folder` in words: "; not used: 3 hidden files, 1 .txt file", or ""."""
+    if not left_out:
+        return ""
+    kinds = [f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in left_out.most_common(8)]
+    return f"; not used: {', '.join(kinds)}{' and others' if len(left_out) > 8 else ''}"
 
-    returns   names (sorted), for each of them the list of its files (sorted)
+
+def folder_classes(data):
+    """DIR/<class name>/*: the user's own images.
+
+    returns   names (sorted), for each of them the list of its files (sorted), Counter of what is
+              not used, see `list_folder`
+    ValueError where there are no classes or images, or too few to train and test
     """
     wanted = "it should hold one subfolder of images for each class"
-    data = Path(data)
-    if not data.is_dir():
+    if not Path(data).is_dir():
         raise ValueError(f"--data {data} is not a folder; {wanted}")
-    names = sorted(p.name for p in data.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise ValueError(f"--data {data} has no subfolders; {wanted}")
+    unsorted, folders, left_out = list_folder(data)
+    if unsorted:
+        left_out["unsorted image"] = len(unsorted)
+    if not folders:
+        raise ValueError(f"--data {data} has no subfolders; {wanted}{not_used(left_out)}")
     files = []
-    for name in names:
-        found = sorted(f for f in (data / name).iterdir() if f.suffix.lower() in SUFFIXES)
+    for place in folders:
+        found, nested, others = list_folder(place)
+        left_out += others
+        if nested:
+            left_out["nested folder"] += len(nested)
         if not found:
-            raise ValueError(f"--data {data}: no images in class folder {name!r} "
-                             f"(looked for {', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"--data {data}: no images in class folder {place.name!r} (looked "
+                             f"for {', '.join(sorted(SUFFIXES))}{not_used(others)})")
         files.append(found)
-    return names, files
+    names = [place.name for place in folders]
+    n = sum(len(found) for found in files)
+    if n < 40:
+        raise ValueError(f"--data {data} has fewer than 40 images: {n}; classes: {len(names)}")
+    if len(names) < 2:
+        raise ValueError(f"--data {data} has one class folder, {names[0]!r}; at least 2 are needed")
+    for name, found in zip(names, files):
+        if len(found) < 2:
+            raise ValueError(f"--data {data}: class folder {name!r} has one image; at least 2 are "
+                             "needed, one to train on and one for the report")
+        if not name.isprintable():
+            raise ValueError(f"--data {data}: the name of class folder {name!r} cannot be printed; "
+                             "rename it")
+    return names, files, left_out
+
+
+def folder_summary(data):
+    """One line on the folder world: "DIR: 1797 images in 10 classes; not used: 3 hidden files"."""
+    names, files, left_out = folder_classes(data)
+    n = sum(len(found) for found in files)
+    return f"{data}: {n} images in {len(names)} classes{not_used(left_out)}"
+
+
+# one folder in one size is what a run needs; the files' sizes and times are part of what was read
+@functools.lru_cache(maxsize=1)
+def read_images(files, stamps, size):
+    """Files (tuple of paths) -> (N, 3, size, size) uint8, read once in a process.
+
+    stamps   for each file what changes when it does
+    """
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    # closed before an error is printed: on a line of its own
+    with tqdm(files, "reading images", leave=False) as bar:
+        for i, file in enumerate(bar):
+            images[i] = read_image(file, size)
+    return images
 
 
 def folder(data, size=32):
-    """The images of `folder_classes`. -> images (N, 3, size, size) uint8, labels (N,), names."""
-    names, files = folder_classes(data)
-    images, labels = [], []
-    for label, found in enumerate(files):
+    """The images of `folder_classes`, read once in a process: do not write into them.
+
+    returns   images (N, 3, size, size) uint8, labels (N,) long, names
+    """
+    names, files_of_class, _ = folder_classes(data)
+    files, labels, stamps = [], [], []
+    for label, found in enumerate(files_of_class):
         for file in found:
-            images.append(read_image(file, size))
+            facts = file.stat()
+            files.append(file)
             labels.append(label)
-    return torch.stack(images), torch.tensor(labels), names
+            stamps.append((facts.st_size, facts.st_mtime_ns))
+    images = read_images(tuple(files), tuple(stamps), size)
+    return images, torch.tensor(labels), names
+
+
+def folder_digest(data, size=32):
+    """What a network made from a folder depends on: its images, labels and names. -> 12 digits"""
+    images, labels, names = folder(data, size)
+    digest = hashlib.sha256(json.dumps([names, labels.tolist()]).encode())
+    digest.update(images.numpy())
+    return digest.hexdigest()[:12]
+
+
+def split_folder(labels):
+    """Which images are trained on and which are kept for the report.
+
+    Of n images of a class the report has n / 10, but at least one, from all over the class. Their
+    order is such that every stretch of it has of each class as large a share as the whole.
+    labels (N,) long   returns train, test: indices (long)
+    """
+    generator = torch.Generator().manual_seed(0)
+    train, test, places = [], [], []
+    for label in labels.unique():
+        own = (labels == label).nonzero().flatten()
+        n, m = len(own), max(1, len(own) // 10)
+        kept = ((torch.arange(m) + 0.5) * n / m).long()
+        is_kept = torch.zeros(n, dtype=torch.bool)
+        is_kept[kept] = True
+        train.append(own[~is_kept])
+        # names are often in the order of time; no stretch should have one time alone
+        test.append(own[kept[torch.randperm(m, generator=generator)]])
+        places.append((torch.arange(m) + 0.5) / m)
+    order = torch.cat(places).argsort(stable=True)
+    return torch.cat(train), torch.cat(test)[order]
 
 
 # -------------------------------------------------------------------- images: any world
@@ -411,7 +578,7 @@ def world(cfg, split):
     """Real images of the world. -> images (N, 3, 32, 32) uint8, labels (N,), names
 
     split   "train" | "phi" | "judge" | "test". shapes, scenes: each is drawn afresh.
-            folder: "test" is every tenth image, the others share the rest
+            folder: see `split_folder`; "phi" and "judge" are "train"
     scenes: captions, a list of N str, in place of labels
     """
     if cfg.dataset == "shapes":
@@ -422,8 +589,8 @@ def world(cfg, split):
         captions = world_captions(cfg, split)
         return scenes(captions, split_seed(cfg, split)), captions, world_names(cfg)
     images, labels, names = folder(cfg.data)
-    is_test = torch.arange(len(images)) % 10 == 9
-    chosen = is_test if split == "test" else ~is_test
+    train, test = split_folder(labels)
+    chosen = test if split == "test" else train
     return images[chosen], labels[chosen], names
 
 
@@ -864,11 +1031,14 @@ def read_weights(src, what):
     """Pretrained weights -> state dict: key -> tensor (CPU).
 
     The one reader of foreign files here; nothing in a file is ever run.
-    src     path of a .safetensors or torch file; or a dict, e.g. of a file already read. The state
-            dict is the dict itself or its entry "state_dict" (Lightning) or "model_state_dict"
-            (MaskGIT)
+    src     path of a safetensors or torch file, whatever its suffix; or a dict, e.g. of a file
+            already read. The state dict is the dict itself or its entry "state_dict" (Lightning)
+            or "model_state_dict" (MaskGIT)
     what    for the messages: "the VQGAN"
-    ValueError in one line: no such file, cut short, no state dict in it, values not finite
+    What a wrapper puts before every key ("module.", "_orig_mod.") is taken off. Sparse, quantised
+    and 8-bit floating-point tensors come back as ordinary ones.
+    ValueError in one line: no such file, cut short, no state dict in it, values not finite, numbers
+    of a kind that no network here can hold
     """
     name = source_name(src, what)
     found = src if isinstance(src, dict) else read_file(src)
@@ -880,17 +1050,62 @@ def read_weights(src, what):
         raise ValueError(f"{name} has no state dict: it is of type {type(found).__name__}")
     if not found:
         raise ValueError(f"{name} has no state dict: it is empty")
+    weights = {}
     for key, value in found.items():
         if not isinstance(key, str) or not torch.is_tensor(value):
             raise ValueError(f"{name} has no state dict: there is {key!r}, of type "
                              f"{type(value).__name__}, where only tensors should be")
-        if not torch.isfinite(value).all():
+        try:
+            weights[key] = ordinary(value)
+            is_finite = bool(torch.isfinite(weights[key]).all())
+        except RuntimeError:
+            kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
+            raise ValueError(f"{name}: {key} is a tensor of a kind that cannot be read here "
+                             f"({kind}); save it as float32") from None
+        if not is_finite:
             raise ValueError(f"{name} is damaged: {key} has values that are not finite")
-    return dict(found)
+    # DistributedDataParallel's and torch.compile's, in any order
+    wrapper = re.match(r"((module|_orig_mod)\.)*", common_prefix(weights)).group()
+    return {key.removeprefix(wrapper): value for key, value in weights.items()}
+
+
+def ordinary(value):
+    """A tensor as our networks hold them: dense, neither quantised nor of 8-bit floats."""
+    if value.is_quantized:
+        return value.dequantize()
+    if value.layout != torch.strided:
+        return value.to_dense()
+    if value.is_floating_point() and value.itemsize == 1:
+        return value.float()
+    return value
+
+
+def common_prefix(keys):
+    """What all keys begin with, up to a dot; "" in the official files."""
+    begin = os.path.commonprefix(list(keys))
+    return begin[:begin.rfind(".") + 1]
+
+
+def name_prefix(keys, wanted):
+    """For messages: what all keys begin with, unless the key that was wanted begins so too."""
+    prefix = common_prefix(keys)
+    if not prefix or wanted.startswith(prefix):
+        return ""
+    return f"; all of its keys begin with {prefix!r}"
+
+
+# What downloads turn out to be, by their first bytes.
+NO_WEIGHTS = {
+    b"version https://git-lfs": "it is a pointer of git LFS; git lfs pull fetches the file",
+    b"<": "it is a web page; the link to the file is another one",
+    b"{": "it is JSON text; the tensors are in another file",
+    b"\x1f\x8b": "it is packed by gzip; unpack it first",
+    b"\x89HDF": "it is an HDF5 file (Keras); needed is a safetensors or torch file",
+}
 
 
 def read_file(path):
-    """What a .safetensors or torch file holds.
+    """What a safetensors or torch file holds; which of the two it is, its content says.
 
     Other objects than tensors and containers come back as an Inert of their name.
     """
@@ -899,12 +1114,12 @@ def read_file(path):
         raise ValueError(f"{path} is a folder, not a file of weights")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    # the format of torch.save since 1.6
-    is_zip = zipfile.is_zipfile(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_safetensors(path):
             from safetensors.torch import load_file
             return load_file(path)
+        # the format of torch.save since 1.6
+        is_zip = zipfile.is_zipfile(path)
         try:
             # mapped: optimizer states are never read
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -914,22 +1129,51 @@ def read_file(path):
                 raise
             return torch.load(path, map_location="cpu", weights_only=False, mmap=True,
                               pickle_module=TensorsOnly)
-    except OSError as error:
-        reason = error
     except Exception as error:
         # any exception: a damaged file can make an unpickler raise what it likes
-        first_line = (str(error).splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {first_line[:150]}"
-        with open(path, "rb") as file:
-            begin = file.read(2)
-        if not begin:
-            reason = "it is empty"
-        elif path.suffix != ".safetensors" and begin == b"PK" and not is_zip:
-            reason = "it is cut short (a download that stopped?)"
-        elif path.suffix != ".safetensors" and not is_zip:
-            reason = ("it is no torch file, or one from before torch 1.6 that holds more than "
-                      "tensors")
+        reason = why_unreadable(path, error)
     raise ValueError(f"{path} cannot be read as weights: {reason}")
+
+
+def is_safetensors(path):
+    """Whether a file begins as such: a number of 8 bytes, and so many bytes of JSON."""
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    return begin[4:] == b"\0\0\0\0{"
+
+
+def why_unreadable(path, error):
+    """What is wrong with a file, by its content and by what its reader raised. -> str"""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(100)
+        is_zip = zipfile.is_zipfile(path)
+        names = zipfile.ZipFile(path).namelist() if is_zip else []
+    except (OSError, zipfile.BadZipFile) as reason:
+        return str(reason)
+    first_line = (str(error).splitlines() or [""])[0][:150]
+    cut = "it is cut short (a download that stopped?)"
+    if not begin:
+        return "it is empty"
+    if begin.startswith(b"PK") and not is_zip:
+        # a zip's list of contents is at its end
+        return cut
+    if is_safetensors(path):
+        # in the header, or behind it
+        is_cut = "invalid header length" in first_line or "incomplete" in first_line
+        return cut if is_cut else f"{type(error).__name__}: {first_line}"
+    if path.suffix == ".safetensors" and (is_zip or begin.startswith(b"\x80")):
+        return "it is a torch file; its name should end in .pt instead of .safetensors"
+    if is_zip and not any(name.endswith("data.pkl") for name in names):
+        return "it is a zip archive, but not one of torch's; unpack it first"
+    if is_zip:
+        return f"{type(error).__name__}: {first_line}"
+    text = begin.lstrip(b"\xef\xbb\xbf \r\n\t")
+    for beginning, reason in NO_WEIGHTS.items():
+        if text.startswith(beginning):
+            return reason
+    return ("it is neither a safetensors nor a torch file, or one from before torch 1.6 that holds "
+            "more than tensors")
 
 
 class Inert:
@@ -980,7 +1224,7 @@ def shape_of(state, key, dims, name):
     """
     if key not in state:
         raise ValueError(f"{name} does not fit: key {key} is missing, and the first of its "
-                         f"{len(state)} keys is {next(iter(state))}")
+                         f"{len(state)} keys is {next(iter(state))}{name_prefix(state, key)}")
     if state[key].ndim != dims:
         raise ValueError(f"{name} does not fit: {key} has shape {tuple(state[key].shape)}, "
                          f"expected {dims} dimensions")
@@ -1014,12 +1258,17 @@ def load_strictly(model, state, name, ignore_prefix=()):
         if not key.startswith(tuple(ignore_prefix)):
             given[key] = value
 
-    faults = [f"key {key} is missing" for key in own if key not in given]
+    # where all keys have a prefix, each of them is a fault, and the first is a key that is missing
+    hint = name_prefix([key for key in state if key in given], next(iter(own), ""))
+    faults = [f"key {key} is missing{hint}" for key in own if key not in given]
     faults += [f"key {key} is unknown" for key in given if key not in own]
     for key, value in own.items():
         if key in given and given[key].shape != value.shape:
             faults.append(f"{key} has shape {tuple(given[key].shape)} instead of "
                           f"{tuple(value.shape)}")
+        elif key in given and value.is_floating_point() and not given[key].is_floating_point():
+            # copied, codes of a quantised network would pass for weights
+            faults.append(f"{key} has numbers of type {given[key].dtype} instead of floats")
     if faults:
         others = f" (the first of {len(faults)} faults)" if len(faults) > 1 else ""
         raise ValueError(f"{name} does not fit: {faults[0]}{others}")

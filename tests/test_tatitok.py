@@ -1,5 +1,7 @@
 """TA-TiTok: equal to recorded outputs of the official code (golden/), the border to our own
 conventions, and what a wrong file says."""
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -184,3 +186,119 @@ def test_wrong_files(tiny, tmp_path, fault, words):
     with pytest.raises(ValueError, match=words) as error:
         load_tatitok(src, 32, head_width=16)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500, str(error.value)
+
+
+def read_error(src):
+    """What the reader of weights says, in one line, of a file or state dict that it refuses."""
+    with pytest.raises(ValueError) as error:
+        tokenizer.read_weights(src, "the net")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
+FOREIGN = {
+    "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git LFS"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "pointer of git LFS"),
+    "page.safetensors": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
+    "page.pth": (b"<html><head>404</head></html>", "a web page"),
+    "model.safetensors.index.json": (b'{"metadata": {"total_size": 1}}', "JSON text"),
+    "model.pt.gz": (b"\x1f\x8b\x08\x00 and so on, and on", "packed by gzip"),
+    "model.h5": (b"\x89HDF\r\n\x1a\n and so on, and on", "HDF5"),
+    "words.pt": (b"Entry not found", "neither a safetensors nor a torch file")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_are_something_else_are_called_by_their_name(name, tmp_path):
+    content, words = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    assert f"{name} cannot be read as weights: it is " in read_error(tmp_path / name)
+    assert words in read_error(tmp_path / name)
+
+
+def test_wrong_suffixes(tmp_path):
+    """The content tells what a file is; a torch file with the other suffix is said to be one."""
+    state = {"a.weight": torch.randn(3, 4)}
+    save_file(state, tmp_path / "model.pt")
+    found = tokenizer.read_weights(tmp_path / "model.pt", "the net")
+    assert found.keys() == state.keys() and torch.equal(found["a.weight"], state["a.weight"])
+    for is_new in (True, False):
+        torch.save(state, tmp_path / "model.safetensors", _use_new_zipfile_serialization=is_new)
+        assert "it is a torch file; its name should" in read_error(tmp_path / "model.safetensors")
+
+
+def test_cut_files_and_other_archives(tmp_path):
+    state = {"weight": torch.randn(100, 100)}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pt")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        whole = path.read_bytes()
+        for n in (20, len(whole) // 2, len(whole) - 30):
+            path.write_bytes(whole[:n])
+            assert "it is cut short" in read_error(path), n
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as file:
+        file.writestr("model.safetensors", whole)
+    assert "zip archive, but not one of torch's" in read_error(tmp_path / "b.pt")
+
+
+FOUR = torch.tensor([[1.0, 0.0], [-2.0, 0.5]])
+
+
+@pytest.mark.parametrize("kind, convert", {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "other float8": lambda x: x.to(torch.float8_e5m2),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.5, 0, torch.qint8),
+    "sparse": lambda x: x.to_sparse(), "rows": lambda x: x.to_sparse_csr()}.items())
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
+def test_tensors_of_rare_kinds_become_ordinary_ones(kind, convert, tmp_path):
+    torch.save({"weight": convert(FOUR), "other": FOUR}, tmp_path / "x.pt")
+    found = tokenizer.read_weights(tmp_path / "x.pt", "the net")["weight"]
+    assert found.dtype == torch.float32 and found.layout == torch.strided
+    assert torch.equal(found, FOUR)
+    assert torch.equal(tokenizer.load_strictly(linear(), {"weight": found}, "it").weight, FOUR)
+
+
+@pytest.mark.parametrize("value", [torch.empty(2, 2, device="meta"),
+                                   torch.zeros(2, 2, dtype=torch.uint8).view(torch.bits8)])
+def test_tensors_without_numbers_are_named(value):
+    assert "weight is a tensor of a kind that cannot be read here" in read_error({"weight": value})
+
+
+def test_not_finite_in_eight_bits():
+    value = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    assert "weight has values that are not finite" in read_error({"weight": value})
+
+
+def linear():
+    return torch.nn.Linear(2, 2, bias=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_codes_of_a_quantised_network_do_not_pass_for_weights(dtype):
+    state = tokenizer.read_weights({"weight": torch.ones(2, 2, dtype=dtype)}, "the net")
+    with pytest.raises(ValueError, match=f"weight has numbers of type {dtype} instead of floats"):
+        tokenizer.load_strictly(linear(), state, "the net")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.",
+                                    "_orig_mod.module.", "module.module."])
+def test_what_wrappers_put_before_every_key_is_taken_off(tiny, prefix):
+    state = tiny[0].weights()
+    wrapped = {prefix + key: value for key, value in state.items()}
+    for src in (wrapped, {"state_dict": wrapped}):
+        model = load_tatitok(src, 32, head_width=16)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    # only where it is before every key
+    mixed = {"module.a": FOUR, "b": FOUR}
+    assert tokenizer.read_weights(mixed, "the net").keys() == mixed.keys()
+
+
+def test_another_prefix_is_named(tiny):
+    state = {f"model.net.{key}": value for key, value in tiny[0].weights().items()}
+    with pytest.raises(ValueError, match="weight is missing.*; all of .* begin with 'model.net.'"):
+        load_tatitok(state, 32, head_width=16)
+    with pytest.raises(ValueError, match="weight is missing; all .* with 'model.' .the first of 2"):
+        tokenizer.load_strictly(linear(), {"model.weight": FOUR}, "the net")
+    # the prefix of the network's own keys is none
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="key 0.bias is missing$"):
+        tokenizer.load_strictly(net, {"0.weight": FOUR}, "the net")

@@ -1,5 +1,7 @@
 """tokenizer.py: the shapes world, image files of every kind, and the VQGAN's conventions."""
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -149,9 +151,85 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     assert (read_image(path, 8) == 255).all()
 
 
-def test_alpha_is_dropped(tmp_path):
+def test_what_is_half_transparent_is_half_white(tmp_path):
     Image.new("RGBA", (8, 8), (10, 20, 30, 128)).save(tmp_path / "image.png")
-    assert colour_at(read_image(tmp_path / "image.png", 8), 4, 4) == [10, 20, 30]
+    expected = [round(value * 128 / 255 + 255 * 127 / 255) for value in (10, 20, 30)]
+    assert colour_at(read_image(tmp_path / "image.png", 8), 4, 4) == expected
+
+
+def with_one_transparent_colour(kind):
+    """-> image of two pixels, black and 200; black is transparent in each mode's own way."""
+    grey = Image.fromarray(np.array([[0, 200]], np.uint8))
+    alpha = Image.fromarray(np.array([[0, 255]], np.uint8))
+    if kind in ("RGBA", "LA"):
+        image = grey.convert(kind)
+        image.putalpha(alpha)
+        return image, {}
+    if kind == "I;16":
+        return Image.fromarray(np.array([[0, 200 << 8]], np.uint16)), dict(transparency=0)
+    image = grey.convert(kind.removesuffix(" alphas"))
+    transparency = {"L": 0, "RGB": (0, 0, 0), "P": 0, "P alphas": bytes([0] + 255 * [255])}
+    return image, dict(transparency=transparency[kind])
+
+
+@pytest.mark.parametrize("kind, suffix", [
+    ("RGBA", "png"), ("LA", "png"), ("L", "png"), ("RGB", "png"), ("P", "png"), ("P alphas", "png"),
+    ("I;16", "png"), ("RGBA", "webp"), ("P", "gif"), ("RGBA", "tif"), ("LA", "tif")])
+def test_what_is_transparent_is_white_not_the_hidden_colour(kind, suffix, tmp_path):
+    """Alpha channel, palette with transparency, PNG's tRNS: all lie on white ground."""
+    image, options = with_one_transparent_colour(kind)
+    if suffix == "webp":
+        # the colours below transparent pixels too
+        options = dict(lossless=True, exact=True)
+    image.save(tmp_path / f"image.{suffix}", **options)
+    assert read_image(tmp_path / f"image.{suffix}")[:, 0].tolist() == 3 * [[255, 200]]
+
+
+def test_the_transparent_colour_of_a_16_bit_png(tmp_path):
+    """Two pixels of 3 x 16 bits, the first of the transparent colour; Pillow cannot write it."""
+    def chunk(name, data):
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    row = struct.pack(">6H", 300, 600, 900, 256 * 10, 256 * 20, 256 * 30)
+    (tmp_path / "image.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(">3H", 300, 600, 900))
+        + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    image = read_image(tmp_path / "image.png")
+    assert colour_at(image, 0, 0) == [255, 255, 255] and colour_at(image, 1, 0) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("values", [
+    np.array([[0, 0.5, 1]], np.float32), np.array([[0, 128, 255]], np.float32),
+    np.array([[0, 128, 255]], np.int32), np.array([[0, 2 ** 20, 2 ** 30]], np.int32)])
+def test_pixels_of_other_ranges_are_refused_rather_than_black(values, tmp_path):
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    with pytest.raises(ValueError, match=r"image.tif cannot .* \(its .* save it with 8 or 16 bits"):
+        read_image(tmp_path / "image.tif")
+
+
+def tiff(path, bits, row, sample_format):
+    """A TIFF of one row of grey pixels, as microscopes write them and Pillow cannot."""
+    tags = {256: (4, 2), 257: (4, 1), 258: (3, bits), 259: (3, 1), 262: (3, 1), 273: (4, 0),
+            277: (3, 1), 278: (4, 1), 279: (4, len(row)), 339: (3, sample_format)}
+    tags[273] = (4, 8 + 2 + 12 * len(tags) + 4)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, (kind, value) in tags.items():
+        data += struct.pack("<HHII", tag, kind, 1, value)
+    path.write_bytes(data + struct.pack("<I", 0) + row)
+
+
+def test_twelve_bits_use_the_whole_range(tmp_path):
+    """Two pixels, 4095 and 2048, packed into three bytes."""
+    tiff(tmp_path / "image.tif", 12, b"\xff\xf8\x00", 1)
+    assert read_image(tmp_path / "image.tif")[0, 0].tolist() == [255, 128]
+
+
+def test_pixels_below_zero_are_refused(tmp_path):
+    tiff(tmp_path / "image.tif", 16, struct.pack("<2h", -1000, 3000), 2)
+    with pytest.raises(ValueError, match="image.tif cannot .* pixels below zero"):
+        read_image(tmp_path / "image.tif")
 
 
 def test_palette_indices_become_their_colours(tmp_path):
@@ -213,18 +291,22 @@ def fill(directory, colour, *files):
         Image.new("RGB", (10, 10), colour).save(directory / file)
 
 
+# a folder of fewer than 40 images is refused
+MANY = [f"x{i}.png" for i in range(20)]
+
+
 def test_a_folder_has_one_class_per_subfolder_sorted_by_name(tmp_path):
-    fill(tmp_path / "zebra", (3, 3, 3), "a.png")
-    fill(tmp_path / "a red  apple", (1, 1, 1), "b.png", "UPPER CASE.PNG", "c.bmp")
-    fill(tmp_path / "m", (2, 2, 2), "d.webp", "e.gif")
+    fill(tmp_path / "zebra", (3, 3, 3), "a.png", *MANY)
+    fill(tmp_path / "a red  apple", (1, 1, 1), "b.png", "UPPER CASE.PNG", "c.bmp", *MANY)
+    fill(tmp_path / "m", (2, 2, 2), "d.webp", "e.gif", *MANY)
     (tmp_path / "m" / "notes.txt").write_text("not an image, and not called one")
     fill(tmp_path / ".hidden", (9, 9, 9), "f.png")
     (tmp_path / "readme.txt").write_text("beside the class folders")
     for data in (tmp_path, str(tmp_path)):
         images, labels, names = folder(data, size=8)
         assert names == ["a red  apple", "m", "zebra"]
-        assert labels.tolist() == [0, 0, 0, 1, 1, 2] and labels.dtype == torch.long
-        assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
+        assert labels.tolist() == 23 * [0] + 22 * [1] + 21 * [2] and labels.dtype == torch.long
+        assert images.shape == (66, 3, 8, 8) and images.dtype == torch.uint8
         # (webp is lossy)
         assert ((images[:, :, 4, 4].int() - (labels[:, None] + 1)).abs() <= 2).all()
 
@@ -251,7 +333,8 @@ def test_what_is_not_a_folder_is_refused(tmp_path):
 
 
 def test_a_broken_image_in_a_folder_is_named(tmp_path):
-    fill(tmp_path / "class", "red", "a.png")
+    fill(tmp_path / "class", "red", "a.png", *MANY)
+    fill(tmp_path / "other", "red", *MANY)
     (tmp_path / "class" / "broken.png").write_text("not an image")
     with pytest.raises(ValueError, match="broken.png"):
         folder(tmp_path)
