@@ -38,7 +38,7 @@ from sample import (Parser, batches, check_seed, check_writable, decode, digest,
                     load_models, model_arguments, run_command, sheet, shown, tell_cut, tokens,
                     write_json, write_whole)
 from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, image_files, paint, parse_caption,
-                       read_image, to_float, world)
+                       read_image, to_float, world, world_names)
 
 # How many rounds of Eq. 3's operator the row "fixed point" has behind it
 ROUNDS = 8
@@ -1427,10 +1427,11 @@ def real_images(run):
 
     ValueError where a folder has other classes than the run was trained on
     """
-    images, told, names = world(run.cfg, "test")
+    names = world_names(run.cfg)
     if not run.text and names != run.names:
         raise ValueError(f"{run.cfg.data} has other classes than when {run.path} was trained: "
                          f"{', '.join(sorted(set(names) ^ set(run.names))[:5])}")
+    images, told, _ = world(run.cfg, "test")
     return images, told
 
 
