@@ -1362,8 +1362,8 @@ def parse():
     args = parser.parse_args()
     if args.seed is not None:
         check_seed(args.seed)
-    needs = dict(prompts="geneval", out="geneval", detections="geneval", folder="reference",
-                 batch="reference", inception_weights="reference")
+    needs = dict(prompts="geneval", out="geneval", detections="geneval", batch="reference",
+                 inception_weights="reference")
     for name, other in needs.items():
         if getattr(args, name) is not None and not getattr(args, other):
             raise ValueError(f"--{name.replace('_', '-')} goes with --{other}")
@@ -1390,6 +1390,8 @@ def check_geneval(args):
 
 def check_table(args):
     """Can these arguments of a table be? Fills in what was not given and no run knows."""
+    if args.folder and not args.reference:
+        raise ValueError("--folder needs --reference: what to compare the images with")
     least = 10 if args.reference else 48
     if args.reference:
         args.images = 50_000 if args.images is None else args.images
