@@ -472,6 +472,10 @@ def run_command(main):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU has too little free memory; evaluate.py --reference needs less with "
+              "a smaller --batch", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'stopped'}")
         sys.exit(130)

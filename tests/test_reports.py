@@ -200,6 +200,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == dict(a=1)
 
 
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    run_of_shapes(tmp_path)
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
+    monkeypatch.setattr(sample, "tokens", no_memory)
+    done = in_process("sample.py --n 1", tmp_path)
+    # behind the bar, which is wiped out
+    line = done.stderr.split("\r")[-1]
+    assert done.returncode == 2 and line.startswith("error: the GPU has too little free memory")
+    assert line.count("\n") == 1
+
+
 # ---------------------------------------------------------------- the fixed point of Eq. 3
 @pytest.mark.parametrize("dataset", ["shapes", "scenes"])
 def test_the_fixed_point_stands_between_teacher_and_student(dataset, tmp_path, monkeypatch):
