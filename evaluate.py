@@ -1225,7 +1225,8 @@ def claim_folder(out, made_with):
         except (ValueError, TypeError, AttributeError, OSError):
             raise ValueError(f"{path} cannot be read: choose another --out") from None
         if names:
-            changes = ", ".join(f"{key} {had.get(key)}, not {made_with.get(key)}" for key in names)
+            changes = ", ".join(f"{key} {had.get(key)}, not {made_with.get(key)}"
+                                for key in names[:3])
             raise ValueError(f"{out} has images that were made with {changes}: choose another "
                              "--out, or remove them")
     elif any(Path(out).glob("*/samples/*.png")):
@@ -1313,7 +1314,8 @@ def geneval(args, device):
     else:
         made_with = dict(model="student", steps=1, init_mask=cfg.init_mask,
                          temperature=cfg.temperature, trained_steps=run.step)
-    made_with |= dict(seed=args.seed, weights=digest(model), tokenizer=digest(run.tokenizer))
+    made_with |= dict(seed=args.seed, weights=digest(model), tokenizer=digest(run.tokenizer),
+                      text=digest(run.text))
 
     def make(caption, numbers, index):
         c = run.text.encode([caption] * len(numbers)).to(device)
