@@ -1,4 +1,5 @@
-"""The GAN of Sec. 3.4: StyleGAN-XL's projected discriminator equals recorded outputs of the official code (golden/), and the gradient arrives."""
+"""The GAN of Sec. 3.4: StyleGAN-XL's projected discriminator equals recorded outputs of the
+official code (golden/), and the gradient arrives."""
 import json
 
 import numpy as np
@@ -12,26 +13,30 @@ import fpd
 import models
 import tokenizer
 
-DEIT, EFFICIENTNET = "deit_base_distilled_patch16_224", "tf_efficientnet_lite0"
+DEIT = "deit_base_distilled_patch16_224"
+EFFICIENTNET = "tf_efficientnet_lite0"
 TINY_BACKBONE = "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
 
 
 def timm_weights(name):
     """Under timm's keys, with the classifier, as on the hub; the integer counters stay 0."""
     manifest = json.loads((GOLDEN / "stylegan_xl_d" / "timm_manifests.json").read_text())[name]
-    counters = {key for key in manifest if key.endswith("num_batches_tracked")}
-    return golden_fill(manifest, nonfloat_keys=counters) | {key: torch.tensor(0) for key in counters}
+    counters = {key: torch.tensor(0) for key in manifest if key.endswith("num_batches_tracked")}
+    return golden_fill(manifest, nonfloat_keys=counters) | counters
 
 
 def spectral_fill(case):
-    """Weights of the heads and of the mixing: where spectral norm keeps two vectors, they are the leading singular ones."""
+    """Weights of the heads and of the mixing: where spectral norm keeps two vectors, they are the
+    leading singular ones."""
     state = case.weights()
     for key in list(state):
         if key.endswith("weight_orig"):
             W = state[key].flatten(1).double()
             u = torch.linalg.eigh(W @ W.T)[1][:, -1]
-            v = W.T @ u                                                # so that u W v > 0
-            state[key.replace("_orig", "_u")], state[key.replace("_orig", "_v")] = u.float(), (v / v.norm()).float()
+            # so that u W v > 0
+            v = W.T @ u
+            state[key.replace("_orig", "_u")] = u.float()
+            state[key.replace("_orig", "_v")] = (v / v.norm()).float()
         elif key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(0)
     return state
@@ -41,8 +46,10 @@ def spectral_fill(case):
 def official():
     """-> case, the whole discriminator with its weights, the image (2, 3, 256, 256)"""
     case = load_case("stylegan_xl_d", "projected_discriminator_uncond")
-    D = models.load_discriminator({"deit": timm_weights(DEIT), "efficientnet": timm_weights(EFFICIENTNET)})
-    tokenizer.load_strictly(D, spectral_fill(case), "the fixture")     # the official keys, none more and none less
+    D = models.load_discriminator({"deit": timm_weights(DEIT),
+                                   "efficientnet": timm_weights(EFFICIENTNET)})
+    # the official keys, none more and none less
+    tokenizer.load_strictly(D, spectral_fill(case), "the fixture")
     cells = np.random.RandomState(801).uniform(-1, 1, size=(2, 3, 64, 64)).astype(np.float32)
     return case, D, torch.from_numpy(cells.repeat(4, 2).repeat(4, 3))
 
@@ -61,33 +68,46 @@ def padded(logits):
 
 
 def check_hinge(case, logits, which):
-    """The official losses are sums over images and networks. 2 and -2 are beyond the hinge: they add nothing."""
-    recorded, rows = case.info[f"hinge_losses_{which}"], sum(len(x) for x in logits)
+    """The official losses are sums over images and networks. 2 and -2 are beyond the hinge: they
+    add nothing."""
+    recorded = case.info[f"hinge_losses_{which}"]
+    rows = sum(len(x) for x in logits)
     assert rows == recorded["rows"]
-    real, fake = [torch.full_like(x, 2.0) for x in logits], [torch.full_like(x, -2.0) for x in logits]
-    for ours, name in ((fpd.gan_loss(logits), "generator"), (fpd.discriminator_loss(real, logits), "discriminator_fake"),
-                       (fpd.discriminator_loss(logits, fake), "discriminator_real")):
+    real = [torch.full_like(x, 2.0) for x in logits]
+    fake = [torch.full_like(x, -2.0) for x in logits]
+    losses = {"generator": fpd.gan_loss(logits),
+              "discriminator_fake": fpd.discriminator_loss(real, logits),
+              "discriminator_real": fpd.discriminator_loss(logits, fake)}
+    for name, ours in losses.items():
         assert abs(rows * ours.item() - recorded[name]) < 2e-4, name
 
 
-# ------------------------------------------------------------------------------------------------ the official discriminator
+# ---------------------------------------------------------------- the official discriminator
 @torch.no_grad()
 def test_features_equal_the_official_ones(official):
-    """Inputs, raw blocks and mixed maps of both feature networks. Mixed ones are as large as 190: 1e-3 there."""
+    """Inputs, raw blocks and mixed maps of both feature networks. Mixed ones are as large as 190:
+    1e-3 there."""
     case, D, images = official
     for name, short in ((DEIT, "deit"), (EFFICIENTNET, "effnet")):
         seen, network, projection = [], D.networks[name], D.feature_networks[name]
-        hooks = [network.net.register_forward_pre_hook(lambda module, x: seen.append(x[0]))]
-        if name == DEIT:
-            hooks = [network.net.patch_embed.register_forward_pre_hook(lambda module, x: seen.append(x[0]))]
-            hooks += [network.net.blocks[i].register_forward_hook(lambda module, x, y: seen.append(y)) for i in (2, 5, 8, 11)]
+        # of a ViT, timm calls the parts, not the whole
+        first = network.net.patch_embed if name == DEIT else network.net
+        blocks = (2, 5, 8, 11) if name == DEIT else ()
+        hooks = [first.register_forward_pre_hook(lambda module, x: seen.append(x[0]))]
+        for i in blocks:
+            block = network.net.blocks[i]
+            hooks.append(block.register_forward_hook(lambda module, x, y: seen.append(y)))
         maps = network.maps(images)
         for hook in hooks:
             hook.remove()
         case.check(f"{short}_network_input", seen[0])
-        for i, tokens in zip((2, 5, 8, 11), seen[1:]):
+        for i, tokens in zip(blocks, seen[1:], strict=True):
             case.check(f"deit_block{i}_tokens", tokens)
-        features = [layer(m) for layer, m in zip(projection.pretrained.values(), maps)] if name == DEIT else maps
+        features = maps
+        if name == DEIT:
+            layers = projection.pretrained.values()
+            features = [layer(m) for layer, m in zip(layers, maps, strict=True)]
+        assert len(features) == 4
         for i, (feature, mixed) in enumerate(zip(features, projection(maps), strict=True)):
             case.check(f"{short}_feature{i}", feature)
             case.check(f"{short}_mixed{i}", mixed, atol=1e-3)
@@ -100,11 +120,12 @@ def test_logits_equal_the_official_ones(official):
     logits = D.eval()(images)
     assert [x.shape[1] for x in logits for _ in images] == case.info["row_lengths"]
     case.check("logits_all", padded(logits))
-    for short, x in zip(("deit", "effnet"), logits):
+    for short, x in zip(("deit", "effnet"), logits, strict=True):
         for i, of_head in enumerate(x.chunk(4, 1)):
             case.check(f"{short}_head{i}_logits", of_head)
     check_hinge(case, logits, "eval")
-    D.train()                                                          # after evaluating: it moves BatchNorm's running statistics
+    # after evaluating: it moves BatchNorm's running statistics
+    D.train()
     logits = D(images)
     case.check("logits_all_train_mode", padded(logits))
     check_hinge(case, logits, "train")
@@ -116,9 +137,12 @@ def test_heads_equal_the_official_ones():
     rs, features = np.random.RandomState(803), []
     for c, size in zip((64, 64, 128, 256), (112, 56, 28, 14)):
         features.append(torch.from_numpy(rs.standard_normal((2, c, size, size)).astype(np.float32)))
-    heads = nn.ModuleDict({"mini_discs": nn.ModuleList(models.head(x.shape[1], x.shape[2], 64) for x in features)})
+    judges = nn.ModuleList(models.head(x.shape[1], x.shape[2], 64) for x in features)
+    heads = nn.ModuleDict({"mini_discs": judges})
     tokenizer.load_strictly(heads, spectral_fill(case), "the fixture")
-    run = lambda: torch.cat([f(x).flatten(1) for f, x in zip(heads["mini_discs"], features)], 1)  # noqa: E731
+
+    def run():
+        return torch.cat([judge(x).flatten(1) for judge, x in zip(judges, features)], 1)
     logits = run()
     case.check("logits", logits)
     check_hinge(case, [logits], "eval")
@@ -127,32 +151,42 @@ def test_heads_equal_the_official_ones():
 
 
 def test_gradient_passes_both_official_networks(official):
-    """Frozen weights, but the images get a gradient from each network; only the ViT and small images are resized."""
+    """Frozen weights, but the images get a gradient from each network; only the ViT and small
+    images are resized."""
     _, D, images = official
     images = images[:1].clone().requires_grad_()
-    for logits in D.eval()(images):
+    of_deit, of_efficientnet = D.eval()(images)
+    for logits in (of_deit, of_efficientnet):
         (gradient,) = torch.autograd.grad(logits.mean(), images)
         assert torch.isfinite(gradient).all() and gradient.flatten(2).norm(dim=2).min() > 0
     assert {p.requires_grad for p in D.discriminators.parameters()} == {True}
     frozen = [D.feature_networks, *D.networks.values()]
     assert not any(p.requires_grad for module in frozen for p in module.parameters())
+    network = D.networks[EFFICIENTNET]
     with torch.no_grad():
-        assert [m.shape[-1] for m in D.networks[EFFICIENTNET].maps(images[..., :128, :128])] == [56, 28, 14, 7]
-        assert [m.shape[-1] for m in D.networks[EFFICIENTNET].maps(images)] == [64, 32, 16, 8]
+        assert [m.shape[-1] for m in network.maps(images[..., :128, :128])] == [56, 28, 14, 7]
+        assert [m.shape[-1] for m in network.maps(images)] == [64, 32, 16, 8]
 
 
 def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
-    """Files with and without what the discriminator does not use; a missing or foreign one is told in one line."""
-    class Tiny(models.EfficientNet):                                   # of the second network, without its 87 M parameters
-        name, part, unused = EFFICIENTNET, "deit", models.EfficientNet.unused
+    """Files with and without what the discriminator does not use; a missing or foreign one is told
+    in one line."""
+    # the second network in the first one's place, without its 87 M parameters
+    class Tiny(models.EfficientNet):
+        part = "deit"
     monkeypatch.setattr(models, "FEATURE_NETWORKS", (Tiny, models.EfficientNet))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"no weights for deit: .*model.safetensors of .* timm/{EFFICIENTNET}.in1k .*--deit-weights") as error:
-        models.find_backbone(EFFICIENTNET, part="deit")                # offline, see conftest
+    # offline, see conftest
+    words = (f"no weights for deit: .*model.safetensors of .* timm/{EFFICIENTNET}.in1k "
+             ".*--deit-weights")
+    with pytest.raises(ValueError, match=words) as error:
+        models.find_backbone(EFFICIENTNET, part="deit")
     assert "\n" not in str(error.value)
     state = timm_weights(EFFICIENTNET)
-    bare = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    whole = state | {"classifier.weight": torch.zeros(1000, 1280), "conv_head.weight": torch.zeros(1280, 320, 1, 1), "bn2.bias": torch.zeros(1280)}
+    bare = {key: x for key, x in state.items() if not key.endswith("num_batches_tracked")}
+    whole = state | {"classifier.weight": torch.zeros(1000, 1280),
+                     "conv_head.weight": torch.zeros(1280, 320, 1, 1),
+                     "bn2.bias": torch.zeros(1280)}
     D = models.load_discriminator({"deit": whole, "efficientnet": bare}, image_size=64)
     for key, value in D.networks[EFFICIENTNET].net.state_dict().items():
         assert torch.equal(value, state[key])
@@ -161,50 +195,63 @@ def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
     found = models.find_backbone(EFFICIENTNET)
     models.load_discriminator({"deit": found, "efficientnet": found}, image_size=64)
     del bare["conv_stem.weight"]
-    for src, words in ((bare, "tf_efficientnet_lite0.* key conv_stem.weight is missing$"), (tmp_path / "no.pth", "no such file")):
+    for src, words in ((bare, "tf_efficientnet_lite0.* key conv_stem.weight is missing$"),
+                       (tmp_path / "no.pth", "no such file")):
         with pytest.raises(ValueError, match=words) as error:
             models.load_discriminator({"deit": src})
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ the same class, small
+# ---------------------------------------------------------------- the same class, small
 def test_small_discriminator(small):
-    """Any four maps will do: a ConvNet's 16, 8, 8, 4 pixels, or four of one size, a ViT's, which become 16, 8, 4, 2."""
+    """Any four maps will do: a ConvNet's 16, 8, 8, 4 pixels, or four of one size, a ViT's, which
+    become 16, 8, 4, 2."""
     D, phi = small
     mixed = D.feature_networks["phi"](phi.maps(torch.zeros(1, 3, 32, 32)))
-    assert [tuple(m.shape[1:]) for m in mixed] == [(8, 32, 32), (8, 16, 16), (16, 8, 8), (32, 8, 8)]
+    shapes = [tuple(m.shape[1:]) for m in mixed]
+    assert shapes == [(8, 32, 32), (8, 16, 16), (16, 8, 8), (32, 8, 8)]
     (logits,) = D(torch.zeros(5, 3, 32, 32))
     assert logits.shape == (5, 25 + 25 + 1 + 1)
     vit = models.Backbone(TINY_BACKBONE, image_size=64)
     D = models.Discriminator({"vit": vit}, image_size=64, width=8)
     assert not vit.training and not any(p.requires_grad for p in vit.parameters())
-    assert [m.shape[-1] for m in D.feature_networks["vit"](vit.maps(torch.zeros(1, 3, 64, 64)))] == [32, 16, 8, 4]
+    mixed = D.feature_networks["vit"](vit.maps(torch.zeros(1, 3, 64, 64)))
+    assert [m.shape[-1] for m in mixed] == [32, 16, 8, 4]
     assert [len(x) for x in D(torch.zeros(2, 3, 64, 64))] == [2]
     with pytest.raises(ValueError, match="looks at 4 maps, and vit has 2"):
         models.Discriminator({"vit": models.Backbone(TINY_BACKBONE, (2, 5), 64)}, 64)
 
 
 def test_frozen_parts_stay_frozen(small):
-    """Feature networks stay in eval mode, whatever is asked of the discriminator, and only the heads can be made trainable."""
+    """Feature networks stay in eval mode, whatever is asked of the discriminator, and only the
+    heads can be made trainable."""
     D, phi = small
-    before = {key: value.clone() for key, value in (phi.state_dict() | D.feature_networks.state_dict()).items()}
+
+    def frozen():
+        return phi.state_dict() | D.feature_networks.state_dict()
+    before = {key: value.clone() for key, value in frozen().items()}
     D.train().requires_grad_(True)
     assert not any(module.training for module in phi.modules()) and D.discriminators.training
     trained = {name for name, p in D.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in D.named_parameters() if name.startswith("discriminators.")}
+    of_heads = {name for name, _ in D.named_parameters() if name.startswith("discriminators.")}
+    assert trained == of_heads and len(of_heads) > 0
     opt = torch.optim.AdamW([p for p in D.parameters() if p.requires_grad], lr=1e-2)
-    fpd.discriminator_loss(D(torch.randn(4, 3, 32, 32)), D(torch.randn(4, 3, 32, 32))).backward()
+    real, fake = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    fpd.discriminator_loss(D(real), D(fake)).backward()
     opt.step()
-    assert all(torch.equal(value, before[key]) for key, value in (phi.state_dict() | D.feature_networks.state_dict()).items())
+    assert all(torch.equal(value, before[key]) for key, value in frozen().items())
     assert not any(p.requires_grad for p in D.requires_grad_(False).parameters())
-    assert not any(key.startswith("networks") for key in D.state_dict())             # a checkpoint does not carry them
+    # a checkpoint does not carry them
+    assert not any(key.startswith("networks") for key in D.state_dict())
 
 
 def test_spectral_norm(small):
-    """Every convolution of the heads has largest singular value 1, once the power iteration has run; so have no other weights."""
+    """Every convolution of the heads has largest singular value 1, once the power iteration has
+    run; so have no other weights."""
     D, _ = small
     with torch.no_grad():
-        for _ in range(200):                                           # one iteration per pass in training mode
+        # one iteration per pass in training mode
+        for _ in range(200):
             D(torch.zeros(2, 3, 32, 32))
     convs = [module for module in D.discriminators.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == (2 + 1) + 3 * (1 + 1)
@@ -214,14 +261,17 @@ def test_spectral_norm(small):
     assert not any(hasattr(module, "weight_orig") for module in D.feature_networks.modules())
     D.eval()
     u = {key: value.clone() for key, value in D.state_dict().items() if key.endswith("weight_u")}
+    assert len(u) == len(convs)
     D(torch.zeros(2, 3, 32, 32))
     assert all(torch.equal(value, D.state_dict()[key]) for key, value in u.items())
 
 
 def test_augmentation_is_drawn_for_each_network_and_real_images_go_apart(small):
-    """Two networks never see the same picture; and with batch statistics, a batch of both kinds would be another batch."""
+    """Two networks never see the same picture; and with batch statistics, a batch of both kinds
+    would be another batch."""
     _, phi = small
-    D, seen, generator = models.Discriminator({"one": phi, "two": phi}, image_size=32, width=8), [], torch.Generator().manual_seed(0)
+    D = models.Discriminator({"one": phi, "two": phi}, image_size=32, width=8)
+    seen, generator = [], torch.Generator().manual_seed(0)
 
     def augment(images):
         seen.append(fpd.diff_augment(images, generator))
@@ -235,17 +285,20 @@ def test_augmentation_is_drawn_for_each_network_and_real_images_go_apart(small):
 
 
 def test_gradient_reaches_the_students_logits():
-    """L_gan goes back through heads, Phi, blur, augmentation, decoder and straight-through (Eq. 8). In eval mode it is one function."""
+    """L_gan goes back through heads, Phi, blur, augmentation, decoder and straight-through (Eq. 8).
+    In eval mode it is one function."""
     torch.manual_seed(0)
     vq = tokenizer.VQGAN().eval().requires_grad_(False)
-    D = models.Discriminator({"phi": models.ConvNet()}, image_size=32, width=8).requires_grad_(False).eval()
+    D = models.Discriminator({"phi": models.ConvNet()}, image_size=32, width=8)
+    D.requires_grad_(False).eval()
     logits = torch.randn(3, vq.L, vq.K, requires_grad=True)
     z_hat, e = fpd.straight_through(logits, vq.E, torch.Generator().manual_seed(0))
     images = vq.decode(e)                                              # (B, 3, 32, 32)
     images.retain_grad()
 
     def loss_of(x):
-        return fpd.gan_loss(fpd.gan_logits(D, x, torch.Generator().manual_seed(1), sigma=1.0))
+        generator = torch.Generator().manual_seed(1)
+        return fpd.gan_loss(fpd.gan_logits(D, x, generator, sigma=1.0))
     loss = loss_of(images)
     loss.backward()
     assert images.grad.flatten(1).norm(dim=1).min() > 0
@@ -256,12 +309,16 @@ def test_gradient_reaches_the_students_logits():
 
 
 def test_discriminator_learns_to_tell_two_kinds_of_images_apart(small):
-    """Flat against noisy: training the heads suffices, even on the features of an untrained network."""
+    """Flat against noisy: training the heads suffices, even on the features of an untrained
+    network."""
     D, _ = small
     generator = torch.Generator().manual_seed(0)
-    opt, losses = torch.optim.Adam([p for p in D.parameters() if p.requires_grad], 2e-3, betas=(0.0, 0.99)), []
+    trained = [p for p in D.parameters() if p.requires_grad]
+    opt = torch.optim.Adam(trained, 2e-3, betas=(0.0, 0.99))
+    losses = []
     for _ in range(40):
-        real, fake = torch.rand(8, 3, 1, 1, generator=generator).expand(8, 3, 32, 32), torch.rand(8, 3, 32, 32, generator=generator)
+        real = torch.rand(8, 3, 1, 1, generator=generator).expand(8, 3, 32, 32)
+        fake = torch.rand(8, 3, 32, 32, generator=generator)
         loss = fpd.discriminator_loss(D(real), D(fake))
         opt.zero_grad()
         loss.backward()
@@ -270,21 +327,26 @@ def test_discriminator_learns_to_tell_two_kinds_of_images_apart(small):
     assert np.mean(losses[:3]) > 1.7 and np.mean(losses[-5:]) < 1.3, losses
 
 
-# ------------------------------------------------------------------------------------------------ augmentation, blur, losses
+# ---------------------------------------------------------------- augmentation, blur, losses
 def test_diff_augment_equals_the_official_one(monkeypatch):
     """With the recorded draws; whole numbers become the uniform ones that lead to them."""
     case = load_case("stylegan_xl_d", "diffaugment")
     draws = [torch.from_numpy(case.inputs[f"draw{i}"]).double() for i in range(7)]
     for i, (low, n) in enumerate(((-3, 7), (-3, 7), (0, 21), (0, 24)), 3):
         draws[i] = (draws[i] - low + 0.5) / n
-    monkeypatch.setattr(fpd, "uniform", lambda shape, generator, device: torch.stack(draws, 1).float())
-    case.check("image", fpd.diff_augment(torch.from_numpy(case.inputs["image"]), None), atol=1e-6)
+    drawn = torch.stack(draws, 1).float()
+    monkeypatch.setattr(fpd, "uniform", lambda shape, generator, device: drawn)
+    image = torch.from_numpy(case.inputs["image"])
+    case.check("image", fpd.diff_augment(image, None), atol=1e-6)
 
 
 def test_diff_augment_facts():
-    """Each image its own draw, that of its own generator; gradients pass, zero where the image was cut away."""
+    """Each image its own draw, that of its own generator; gradients pass, zero where the image was
+    cut away."""
     images = torch.full((4, 3, 32, 32), 0.25, requires_grad=True)
-    generators = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(4)]
     out = fpd.diff_augment(images, generators())
     assert torch.equal(out[2:], fpd.diff_augment(images[2:], generators()[2:]))
     assert len({x.max().item() for x in out}) == 4
@@ -293,19 +355,23 @@ def test_diff_augment_facts():
     (gradient,) = torch.autograd.grad(out.square().sum(), images)
     assert torch.isfinite(gradient).all() and gradient.abs().flatten(1).sum(1).min() > 0
     many = fpd.diff_augment(torch.ones(2000, 3, 16, 16), torch.Generator().manual_seed(0))
-    value = many.amax((1, 2, 3))                                       # grey 1 + brightness: saturation and contrast keep flat images
+    # grey 1 + brightness: saturation and contrast keep flat images
+    value = many.amax((1, 2, 3))
     assert 0.5 <= value.min() < 0.51 and 1.49 < value.max() <= 1.5
 
 
 def test_blur_equals_the_official_one():
     case = load_case("stylegan_xl_d", "blur")
     image = torch.from_numpy(case.inputs["image"])
-    for sigma in case.info["config"]["sigmas"]:
+    sigmas = case.info["config"]["sigmas"]
+    assert len(sigmas) > 0
+    for sigma in sigmas:
         case.check(f"blurred_{sigma}", fpd.blur(image, sigma), atol=1e-6)
         line = torch.zeros(1, 3, 1, 41)
         line[..., 20] = 1
         size = case.info["outputs"][f"kernel_{sigma}"]["shape"][0]
-        wide = fpd.blur(line.expand(1, 3, 41, 41), sigma)[0, 0, 20]    # the same in every row: only the other direction shows
+        # the same in every row: only the other direction shows
+        wide = fpd.blur(line.expand(1, 3, 41, 41), sigma)[0, 0, 20]
         case.check(f"kernel_{sigma}", wide[20 - size // 2:21 + size // 2], atol=1e-6)
         assert wide.gt(0).sum() == size
     assert fpd.blur(image, 0.0) is image and fpd.blur(image, 0.3) is image
@@ -314,6 +380,8 @@ def test_blur_equals_the_official_one():
 
 def test_hinge_values():
     """By hand. Networks count alike, although one has more logits."""
-    real, fake = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5] * 4])], [torch.tensor([[-3.0, 1.0]]), torch.tensor([[-1.0] * 4])]
+    real = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5] * 4])]
+    fake = [torch.tensor([[-3.0, 1.0]]), torch.tensor([[-1.0] * 4])]
     assert fpd.gan_loss(fake).item() == ((3 - 1) / 2 + 1) / 2
-    assert fpd.discriminator_loss(real, fake).item() == ((0 + 1) / 2 + 0.5) / 2 + ((0 + 2) / 2 + 0) / 2
+    of_real, of_fake = ((0 + 1) / 2 + 0.5) / 2, ((0 + 2) / 2 + 0) / 2
+    assert fpd.discriminator_loss(real, fake).item() == of_real + of_fake
