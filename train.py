@@ -595,7 +595,7 @@ def train_teacher(cfg, device, vq, text, training):
 
 # What a prepared part is made by: all of a file, or these of its functions and classes
 CODE = {"tokenizer.py": None, "models.py": None,
-        "fpd.py": ("uniform", "mask_ratio", "hidden", "remask", "sample_ratio"),
+        "fpd.py": ("uniform", "mask_ratio", "random_order", "hide", "remask", "sample_ratio"),
         "train.py": ("Training", "reseed_codes", "train_tokenizer", "train_classifier",
                      "train_teacher")}
 
@@ -847,7 +847,7 @@ class Distillation:
         self.half = precision(device)
         self.gan, self.other = None, None
         if cfg.gan_weight:
-            self.gan = fpd.Gan(cfg, parts, device, self.n_ranks)
+            self.gan = fpd.Gan(cfg, parts, device, self.rank, self.n_ranks)
         if cfg.method != "fpd":
             self.other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts)
 
@@ -1693,8 +1693,8 @@ def main():
         check_places(run_folder(cfg))
         # bad --data should end here, before anything is written
         if cfg.dataset == "folder" and len(tok.world(cfg, "test")[0]) < 4:
-            raise ValueError(f"--data {cfg.data} has fewer than 40 images; every tenth is kept "
-                             "for the report")
+            raise ValueError(f"--data {cfg.data} has too few images: a tenth of each class is "
+                             "kept for the report, which needs 4")
     except ValueError:
         if os.environ.get("RANK", "0") != "0":
             # rank 0 says it; torchrun then ends the others
@@ -1708,6 +1708,8 @@ def main():
             print(f"run {folder} on {device}, torch {torch.__version__}, "
                   f"python {platform.python_version()}")
             print(" ".join(f"{name}={value}" for name, value in vars(cfg).items()))
+            if cfg.dataset == "folder":
+                print(tok.folder_summary(cfg.data))
             if cfg.ablations:
                 ablate(cfg, folder, device)
             elif cfg.bench:
