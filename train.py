@@ -1005,24 +1005,28 @@ def animate(folder, most=40, width=960):
 def fit_to_card(run):
     """The settings with the lift_chunk that fits into the GPU's free memory, where none is given.
 
-    Less memory, same gradient; the smaller the chunks, the more is computed twice
+    None is all images at once: nothing is then computed twice.
     """
     cfg, device = run.cfg, run.generator.device
     # the estimate knows no other networks; the CPU's memory is not counted
     if device.type != "cuda" or run.other:
         return cfg
-    c = draw_condition(run.parts, cfg, torch.Generator(device).manual_seed(0))
-    estimate = partial(memory, run.student, run.parts, half=run.half, c=c.to(device), gan=run.gan)
+    c = draw_condition(run.parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
+
+    def estimate(chunk):
+        return memory(run.student, run.parts, with_chunk(cfg, chunk), run.half, c, run.gan)
     # what torch holds already is a part of the estimate
     free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
-    chunk = cfg.lift_chunk
+    chunk, who = cfg.lift_chunk, "as asked for"
     if chunk is None:
-        chunk = choose_chunk(cfg.batch, free, lambda n: estimate(with_chunk(cfg, n)))
-    cfg = with_chunk(cfg, chunk)
-    print(f"memory: about {estimate(cfg):.1f} GB expected, {free:.1f} GB free: "
-          + ("all images are lifted at once" if chunk is None else f"--lift-chunk {chunk}")
-          + ("" if run.cfg.lift_chunk is None else ", as asked for"))
-    return cfg
+        chunk, who = choose_chunk(cfg.batch, free, estimate), "chosen: less memory, same gradient"
+    needed = estimate(chunk)
+    how = "all images are lifted at once" if chunk is None else f"--lift-chunk {chunk}, {who}"
+    print(f"memory: about {needed:.1f} GB expected, {free:.1f} GB free: {how}")
+    if needed > free:
+        print(f"this may be too much: less with a smaller --batch than {cfg.batch}"
+              + (", or --lift-chunk 1" if chunk != 1 else ""))
+    return with_chunk(cfg, chunk)
 
 
 def with_chunk(cfg, chunk):

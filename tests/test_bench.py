@@ -87,8 +87,11 @@ class OfCard(System):
 
 
 @pytest.mark.parametrize("free, asked, chosen, says", [
-    (1.0, None, None, "all images are lifted at once"), (0.0, None, 1, "--lift-chunk 1"),
-    (0.0, 3, 3, "--lift-chunk 3, as asked for")])
+    (1.0, None, None, "all images are lifted at once"),
+    (0.0, None, 1, "--lift-chunk 1, chosen: less memory, same gradient\nthis may be too much: "
+                   "less with a smaller --batch than 8\n"),
+    (0.0, 3, 3, "--lift-chunk 3, as asked for\nthis may be too much: less with a smaller --batch "
+                "than 8, or --lift-chunk 1\n")])
 def test_the_chunk_follows_from_the_free_memory_and_is_told(monkeypatch, capsys, free, asked,
                                                            chosen, says):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 80e9))
