@@ -176,9 +176,6 @@ def load_maskgit(src, heads=16, num_classes=1000):
     """
     name = source_name(src, "MaskGIT")
     state = read_weights(src, "MaskGIT")
-    if all(key.startswith("module.") for key in state):
-        # saved from inside DistributedDataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     rows, width = shape_of(state, "tok_emb.weight", 2, name)
     L = shape_of(state, "pos_emb", 3, name)[1] - 1
     K = codes_in_table(name, rows, width, heads, num_classes, "ImageNet network")
