@@ -749,7 +749,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")      # all but the drift, which is always float32
     lift, E, start, made_with = fpd.Lift(parts.tokenizer, parts.phi, cfg, mark), parts.tokenizer.E, 0, versions()
     c = draw_condition(parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
-    gan = fpd.Gan(cfg, parts, device, n_ranks) if cfg.gan_weight else None
+    gan = fpd.Gan(cfg, parts, device, rank, n_ranks) if cfg.gan_weight else None
     other = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts) if cfg.method != "fpd" else None      # in place of fpd_step
     if not other:                                                                # the estimate knows no other networks
         print(f"memory: about {memory(student, parts, cfg, half, c):.1f} GB at batch {cfg.batch} (an estimate; --lift-chunk N needs less)")
