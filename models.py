@@ -308,9 +308,9 @@ def score_encoding(score, width):
     """Aesthetic scores (B,) -> (B, width): sines, then cosines. The longest period is about 1000,
     not 10000 as is usual."""
     half = width // 2
-    # in float64: angles reach 650, and the last bit of a float32 exp is another on every processor
-    i = torch.arange(half, dtype=torch.float64, device=score.device)
-    frequencies = torch.exp(-math.log(1000) * i / half).float()
+    exponents = -math.log(1000) * torch.arange(half, device=score.device) / half
+    # float32's exp differs in the last bit between processors, which at angles of 650 is 4e-5
+    frequencies = exponents.double().exp().float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
