@@ -261,7 +261,7 @@ WRONG = [
     ("evaluate.py --folder empty", "--folder needs --reference"),
     ("evaluate.py --inception-weights x", "--inception-weights goes with --reference"),
     ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth --images 31",
-     "has 30 .png files, fewer than the 31"),
+     "has 30 images, fewer than the 31"),
     ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth",
      "fewer than the 50000 asked for"),
     ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth --images 9",

@@ -128,7 +128,7 @@ def test_the_discriminator_and_kept_gradients_take_memory(monkeypatch):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     more = train.memory(run.student, run.parts, run.cfg, run.half, c) - estimate
     weights = sum(p.nbytes for p in run.student.parameters())
-    assert more == pytest.approx(train.MOMENTARY * weights / 1e9)
+    assert more == pytest.approx(train.MARGIN * weights / 1e9)
 
 
 def test_a_full_gpu_ends_in_one_line_that_says_what_to_type(tmp_path, monkeypatch):
