@@ -1068,14 +1068,16 @@ def memory(student, parts, cfg, half, c, gan=None):
         return lift.features(lift.decode(E[z].requires_grad_(), c[:B]))
 
     def judged(B):
+        # as the student's drafts are: with a gradient at the images
         side = parts.tokenizer.image_size
-        return gan.discriminator(torch.zeros(B, 3, side, side, device=E.device))
+        images = torch.zeros(B, 3, side, side, device=E.device).requires_grad_()
+        generator = torch.Generator(E.device).manual_seed(0)
+        return fpd.gan_logits(gan.discriminator, images, generator)
 
     weights = {p.untyped_storage().data_ptr() for net in networks for p in net.parameters()}
     n_lifted = min(cfg.batch, cfg.lift_chunk or cfg.batch)
     total = sum(p.nbytes for net in networks for p in net.parameters())
-    # the discriminator sees real images and drafts
-    for forward, n in ((draft, cfg.batch), (lifted, n_lifted), (judged, 2 * cfg.batch)):
+    for forward, n in ((draft, cfg.batch), (lifted, n_lifted), (judged, cfg.batch)):
         if forward is judged and not gan:
             continue
         with half:
