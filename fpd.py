@@ -61,7 +61,10 @@ def draw(logits, temperature, generator):
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
 def mask_ratio(t, schedule="arccos"):
-    """gamma of Eq. 1: share of hidden positions, as t (in [0, 1]) goes from 0 (all) to 1 (none)."""
+    """gamma of Eq. 1, with the paper's t = 1 - ours: the share of hidden positions.
+
+    t (in [0, 1]) goes with sampling, from 0 (all hidden) to 1 (none)
+    """
     schedules = {"arccos": lambda t: torch.arccos(t) / (math.pi / 2),
                  "cosine": lambda t: torch.cos(t * math.pi / 2),
                  "linear": lambda t: 1 - t,
@@ -80,8 +83,8 @@ def random_order(shape, generator, device):
 def hide(order, r):
     """The first positions of an order (B, L), a share r (B,) of them. -> (B, L) bool, True = hidden
 
-    The count is exact, max(1, round(r L)), where Eq. 1 tosses a coin for each position: MaskGIT was
-    trained with exact counts. A smaller share of one order lies within a larger one.
+    The count is exact, max(1, round(r L)), where Eq. 1 tosses a coin for each position: every image
+    is then refined at the r that was drawn. A smaller share of one order lies within a larger one.
     """
     n = (r * order.shape[1]).round().clamp(min=1)                   # (B,), never none
     return order < n[:, None]
@@ -98,8 +101,8 @@ def remask(z, r, mask_id, generator):
 
 def sample_ratio(B, low, high, generator, device="cpu"):
     """r ~ pi of Eq. 5: the teacher's training law arccos(u) 2/pi, cut to [low, high]. -> (B,)"""
-    u_low = math.cos(high * math.pi / 2)                            # inverse of the cumulative
-    u_high = math.cos(low * math.pi / 2)                            # distribution
+    # by the inverse of its cumulative distribution
+    u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
     return mask_ratio(u_low + (u_high - u_low) * uniform((B,), generator, device), "arccos")
 
 
@@ -196,8 +199,9 @@ def refine(teacher, z_masked, c, s, generator, passes=1, noise=0.0):
     """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L), guidance s.
 
     Visible tokens stay. Every hidden position is sampled, not maximised: Eq. 3 is of distributions.
-    passes    1 is the paper's single refinement. More (ours): the teacher's sampler goes on from
-              z_masked; after each pass but the last, the least confident tokens are hidden again
+    And all are filled: the result has to be decoded.
+    passes    1 is the paper's single refinement. More (ours): after each pass but the last, the
+              least confident of the new tokens are hidden again, fewer and fewer
     noise     Gumbel noise on that confidence, falls linearly to 0
     returns   z_ref (B, L), codes only
     """
@@ -296,7 +300,7 @@ class Lift:
 def per_class_groups(X, n):
     """Fold the classes of a batch into the position axis: only drafts of one class are compared.
 
-    (G n, F, D) -> (n, G F, D)
+    As in the drifting paper (Deng et al. 2026). (G n, F, D) -> (n, G F, D)
     """
     B, F_, D = X.shape
     return X.reshape(B // n, n, F_, D).transpose(0, 1).reshape(n, B // n * F_, D)
@@ -310,14 +314,15 @@ def straight_through(logits, E, generator, temperature=1.0, soft=False):
     soft      feed the decoder the mixture e_soft instead, the other row of Table 3a
     returns   z_hat (B, L), the sampled draft, and e (B, L, d): E[z_hat] bit for bit unless soft
     """
-    logits = logits.float() / temperature
+    logits, E = logits.float() / temperature, E.float()
     z_hat = draw(logits, 1.0, generator)                            # Eq. 4, z_hat ~ p_theta
-    e_soft = logits.softmax(-1) @ E.float()                         # (B, L, d), the mean code
+    with torch.autocast(logits.device.type, enabled=False):         # the codes are compared exactly
+        e_soft = logits.softmax(-1) @ E                             # (B, L, d), the mean code
     if soft:
         return z_hat, e_soft
     # Eq. 8: the bracket is exactly 0, its gradient is that of e_soft. The other common order,
     # e_soft + (E[z_hat] - e_soft).detach(), rounds
-    e = E.float()[z_hat] + (e_soft - e_soft.detach())
+    e = E[z_hat] + (e_soft - e_soft.detach())
     return z_hat, e
 
 
@@ -378,7 +383,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         logs["entropy"] = entropy(logits)
         logs["codes_used"] = codes_used(z_hat, K)
         # share of the hidden tokens that the teacher replaced
-        logs["changed"] = (z_ref != z_hat).float().sum() / is_masked.sum()
+        logs["changed"] = (z_ref != source).float().sum() / is_masked.sum()
     return loss, logs, images
 
 
@@ -559,7 +564,7 @@ class Gan:
     """
     def __init__(self, cfg, parts, device, rank=0, processes=1):
         self.size, self.weight = parts.tokenizer.image_size, cfg.gan_weight
-        self.seed, self.rank, self.processes = cfg.seed, rank, processes
+        self.seed, self.rank, self.processes, self.device = cfg.seed, rank, processes, device
         torch.manual_seed(cfg.seed)                                 # the random discriminator's
         if hasattr(parts, "real_files"):                            # official networks
             self.images = parts.real_files
@@ -574,21 +579,21 @@ class Gan:
         heads = self.discriminator.discriminators.parameters()
         self.opt = torch.optim.Adam(heads, lr=2e-4, betas=(0.0, 0.99))
         self.seen = 0                                               # drafts, of all processes
-        self.reader, self.ahead = ThreadPoolExecutor(1), {}         # {seen: images to come}
+        self.reader, self.ahead = ThreadPoolExecutor(1), None       # the next step's real images
 
     def read(self, n, seen):
-        """The n real images for the step that begins with `seen`. -> (n, 3, H, W) in [-1, 1]"""
-        generator = torch.Generator().manual_seed((self.seed << 31) + seen + self.rank * n)
+        """The n real images of the step that begins with `seen`. -> (n, 3, H, W) in [-1, 1]"""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + seen + self.rank * n)
         picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
         images = [self.images[i] for i in picks]
         images = [tok.read_image(x, self.size) if isinstance(x, Path) else x for x in images]
-        return tok.to_float(torch.stack(images))
+        images = tok.to_float(torch.stack(images))
+        return images.pin_memory() if self.device == "cuda" else images     # copied without a wait
 
     def real(self, n):
         """This step's real images (n, 3, H, W); the next step's are read meanwhile."""
-        now = self.ahead.pop(self.seen, None) or self.reader.submit(self.read, n, self.seen)
-        later = self.seen + n * self.processes
-        self.ahead = {later: self.reader.submit(self.read, n, later)}
+        now = self.ahead or self.reader.submit(self.read, n, self.seen)
+        self.ahead = self.reader.submit(self.read, n, self.seen + n * self.processes)
         return now.result()
 
     def add(self, gradient, images, generator):
@@ -611,7 +616,7 @@ class Gan:
     def load(self, state):
         self.discriminator.load_state_dict(state["heads"])
         self.opt.load_state_dict(state["opt"])
-        self.seen = state["seen"]
+        self.seen, self.ahead = state["seen"], None
 
     @staticmethod
     def verdict(logs):

@@ -176,9 +176,6 @@ def load_maskgit(src, heads=16, num_classes=1000):
     """
     name = source_name(src, "MaskGIT")
     state = read_weights(src, "MaskGIT")
-    if all(key.startswith("module.") for key in state):
-        # saved from inside DistributedDataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     rows, width = shape_of(state, "tok_emb.weight", 2, name)
     L = shape_of(state, "pos_emb", 3, name)[1] - 1
     K = codes_in_table(name, rows, width, heads, num_classes, "ImageNet network")
@@ -308,9 +305,9 @@ def score_encoding(score, width):
     """Aesthetic scores (B,) -> (B, width): sines, then cosines. The longest period is about 1000,
     not 10000 as is usual."""
     half = width // 2
-    # in float64: angles reach 650, and the last bit of a float32 exp is another on every processor
-    i = torch.arange(half, dtype=torch.float64, device=score.device)
-    frequencies = torch.exp(-math.log(1000) * i / half).float()
+    exponents = -math.log(1000) * torch.arange(half, device=score.device) / half
+    # float32's exp differs in the last bit between processors, which at angles of 650 is 4e-5
+    frequencies = exponents.double().exp().float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
@@ -622,13 +619,19 @@ class Backbone(nn.Module):
 
     blocks       whose outputs are the maps, 0 .. depth - 1, rising; the paper's are 2, 5, 8, 11
     image_size   pixels per side, a multiple of the patch: 256 gives DINOv3's own 16 x 16 map, other
-                 sizes work as well
+                 sizes work as well; then it takes images of this size only
     """
     def __init__(self, name="vit_base_patch16_dinov3.lvd1689m", blocks=(2, 5, 8, 11),
                  image_size=256):
         super().__init__()
+        # DINOv3 has no table of positions, only rotations ("rope"): made once for images of this
+        # size, instead of on the CPU in every pass. Others fit their table, which their file has in
+        # one size, to the image
+        size = {"dynamic_img_size": True}
+        if "dinov3" in name:
+            size = {"dynamic_img_size": False, "img_size": image_size}
         try:
-            self.net = import_timm().create_model(name, num_classes=0, dynamic_img_size=True)
+            self.net = import_timm().create_model(name, num_classes=0, **size)
             depth = len(self.net.blocks)
             patch = self.net.patch_embed.patch_size[0]
         except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,4 +1,6 @@
-"""fpd.py: masks, draws, the teacher's sampler, the straight-through estimator and one training step, on networks of a few hundred weights."""
+"""fpd.py: masks, draws, the teacher's sampler, the straight-through estimator and one training
+step, on networks of a few hundred weights."""
+import copy
 import math
 
 import pytest
@@ -55,15 +57,17 @@ def chi_square(counts, p):
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
-CHI_SQUARE_5, CHI_SQUARE_8, CHI_SQUARE_15 = 20.5, 26.1, 37.7   # exceeded in one case of a thousand
+# of 5, 7, 8 and 15 degrees of freedom: exceeded in one case of a thousand
+CHI_SQUARE_5, CHI_SQUARE_7, CHI_SQUARE_8, CHI_SQUARE_15 = 20.5, 24.3, 26.1, 37.7
 
 
-# ------------------------------------------------------------------------------------------------ randomness
+# ---------------------------------------------------------------- randomness
 def test_draws_have_the_frequencies_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
     for temperature in (0.5, 1.0, 3.0):
         z = fpd.draw(logits.expand(100, 300, 6), temperature, gen())
-        assert chi_square(torch.bincount(z.flatten(), minlength=6), (logits / temperature).softmax(0)) < CHI_SQUARE_5
+        counts = torch.bincount(z.flatten(), minlength=6)
+        assert chi_square(counts, (logits / temperature).softmax(0)) < CHI_SQUARE_5
 
 
 def test_temperature_divides_the_logits():
@@ -75,20 +79,23 @@ def test_temperature_divides_the_logits():
 def test_positions_and_images_are_drawn_independently():
     z = fpd.draw(torch.zeros(2000, 2, 4), 1.0, gen())
     for a, b in ((z[:, 0], z[:, 1]), (z[1:, 0], z[:-1, 0])):
-        assert chi_square(torch.bincount(4 * a + b, minlength=16), torch.full((16,), 1 / 16)) < CHI_SQUARE_15
+        counts = torch.bincount(4 * a + b, minlength=16)
+        assert chi_square(counts, torch.full((16,), 1 / 16)) < CHI_SQUARE_15
 
 
 def test_with_one_generator_per_image_an_image_does_not_depend_on_its_batch():
-    five, third = fpd.uniform((5, 4, 3), generators(7, 0, 5, "cpu"), "cpu"), fpd.uniform((1, 4, 3), generators(7, 2, 1, "cpu"), "cpu")
+    five = fpd.uniform((5, 4, 3), generators(7, 0, 5, "cpu"), "cpu")
+    third = fpd.uniform((1, 4, 3), generators(7, 2, 1, "cpu"), "cpu")
     assert torch.equal(five[2:3], third)
     assert five.flatten(1).unique(dim=0).shape[0] == 5
 
 
-# ------------------------------------------------------------------------------------------------ masking
+# ---------------------------------------------------------------- masking
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_falls_from_all_hidden_to_none(schedule):
     gamma = fpd.mask_ratio(torch.linspace(0, 1, 101), schedule)
-    assert gamma[0].item() == pytest.approx(1, abs=1e-6) and gamma[-1].item() == pytest.approx(0, abs=1e-6)
+    assert gamma[0].item() == pytest.approx(1, abs=1e-6)
+    assert gamma[-1].item() == pytest.approx(0, abs=1e-6)
     assert (gamma.diff() < 0).all()
 
 
@@ -111,15 +118,18 @@ def test_remask_hides_exact_counts_and_leaves_the_rest():
     before = z.clone()
     r = torch.tensor([0.0, 0.01, 0.25, 0.5, 0.7, 1.0])
     z_masked, is_masked = fpd.remask(z, r, K, gen())
-    assert is_masked.dtype == torch.bool and is_masked.sum(1).tolist() == [1, 1, 4, 8, 11, 16]    # never none
+    # never none
+    assert is_masked.dtype == torch.bool and is_masked.sum(1).tolist() == [1, 1, 4, 8, 11, 16]
     assert (z_masked[is_masked] == K).all() and torch.equal(z_masked[~is_masked], z[~is_masked])
     assert torch.equal(z, before)
 
 
 def test_remask_hides_every_position_equally_often():
-    is_masked = fpd.remask(torch.zeros(4000, L, dtype=torch.long), torch.full((4000,), 0.25), K, gen())[1]
+    z, r = torch.zeros(4000, L, dtype=torch.long), torch.full((4000,), 0.25)
+    is_masked = fpd.remask(z, r, K, gen())[1]
     assert chi_square(is_masked.sum(0).float(), torch.full((L,), 1 / L)) < CHI_SQUARE_15
-    assert is_masked.unique(dim=0).shape[0] > 1500                               # of 1820 ways to hide 4 of 16
+    # of 1820 ways to hide 4 of 16
+    assert is_masked.unique(dim=0).shape[0] > 1500
 
 
 @pytest.mark.parametrize("r_init, hidden", [(0.0, 0), (0.3, 5), (0.6, 10), (0.9, 14), (1.0, 16)])
@@ -130,7 +140,7 @@ def test_z_init_has_exactly_its_share_of_mask_ids_and_codes_elsewhere(r_init, hi
     assert z.min() >= 0 and z.max() <= K
     if hidden < L:
         counts = torch.bincount(z[z < K], minlength=K).float()
-        assert chi_square(counts, torch.full((K,), 1 / K)) < 24.3                # 7 degrees of freedom, one in a thousand
+        assert chi_square(counts, torch.full((K,), 1 / K)) < CHI_SQUARE_7
 
 
 def test_z_init_differs_from_image_to_image():
@@ -140,7 +150,10 @@ def test_z_init_differs_from_image_to_image():
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.1, 0.9), (0.0, 0.5), (0.6, 0.7)])
 def test_sampled_ratios_follow_arccos_cut_to_the_interval(low, high):
-    """P(arccos(u) 2/pi <= x) = 1 - cos(pi x / 2). Kolmogorov-Smirnov: n^1/2 times the largest gap stays below 1.95 999 times in 1000."""
+    """P(arccos(u) 2/pi <= x) = 1 - cos(pi x / 2).
+
+    Kolmogorov-Smirnov: n^1/2 times the largest gap stays below 1.95 in 999 cases of 1000.
+    """
     r = fpd.sample_ratio(20_000, low, high, gen()).sort().values.double()
     assert r.min() >= low - 1e-4 and r.max() <= high + 1e-4
 
@@ -148,17 +161,21 @@ def test_sampled_ratios_follow_arccos_cut_to_the_interval(low, high):
         return 1 - torch.cos(torch.as_tensor(x, dtype=torch.float64) * math.pi / 2)
     expected = (cumulative(r) - cumulative(low)) / (cumulative(high) - cumulative(low))
     n = len(r)
-    gap = torch.maximum(torch.arange(1, n + 1) / n - expected, expected - torch.arange(n) / n).max().item()
+    above = torch.arange(1, n + 1) / n - expected
+    below = expected - torch.arange(n) / n
+    gap = torch.maximum(above, below).max().item()
     assert gap * n ** 0.5 < 1.95
 
 
 def test_sampled_ratios_on_the_whole_interval_are_the_teachers_training_distribution():
     u = fpd.uniform((1000,), gen(3), "cpu")
-    torch.testing.assert_close(fpd.sample_ratio(1000, 0.0, 1.0, gen(3)), torch.arccos(u) * 2 / math.pi)
-    assert fpd.sample_ratio(100_000, 0.0, 1.0, gen()).mean().item() == pytest.approx(2 / math.pi, abs=0.003)
+    r = fpd.sample_ratio(1000, 0.0, 1.0, gen(3))
+    torch.testing.assert_close(r, torch.arccos(u) * 2 / math.pi)
+    mean = fpd.sample_ratio(100_000, 0.0, 1.0, gen()).mean().item()
+    assert mean == pytest.approx(2 / math.pi, abs=0.003)
 
 
-# ------------------------------------------------------------------------------------------------ the teacher
+# ---------------------------------------------------------------- the teacher
 def test_guidance_is_u_plus_s_times_c_minus_u_and_one_is_none():
     net, c = tiny(), torch.tensor([0, 1, 2, 1])
     z = torch.randint(K + 1, (4, L), generator=gen())
@@ -166,8 +183,10 @@ def test_guidance_is_u_plus_s_times_c_minus_u_and_one_is_none():
     assert torch.equal(fpd.guided_logits(net, z, c, 1), cond)
     assert torch.equal(fpd.guided_logits(net, z, c, 1.0), cond)
     for s in (0.0, 0.5, 2.0, 7.5):
-        torch.testing.assert_close(fpd.guided_logits(net, z, c, s), uncond + s * (cond - uncond), rtol=1e-4, atol=1e-4)
-    assert (cond - uncond).abs().max() > 0.1                                     # the class matters, else this test says nothing
+        guided = fpd.guided_logits(net, z, c, s)
+        torch.testing.assert_close(guided, uncond + s * (cond - uncond), rtol=1e-4, atol=1e-4)
+    # the class matters, else this test says nothing
+    assert (cond - uncond).abs().max() > 0.1
 
 
 def test_without_guidance_the_unconditional_half_is_not_computed():
@@ -184,7 +203,8 @@ def test_refinement_fills_what_is_hidden_and_keeps_the_rest(per_image):
     z = torch.randint(K, (6, L), generator=gen())
     z_masked, is_masked = fpd.remask(z, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0]), K, gen())
     before = z_masked.clone()
-    z_ref = fpd.refine(teacher, z_masked, c, 2.0, generators(0, 0, 6, "cpu") if per_image else gen())
+    generator = generators(0, 0, 6, "cpu") if per_image else gen()
+    z_ref = fpd.refine(teacher, z_masked, c, 2.0, generator)
     assert torch.equal(z_ref[~is_masked], z[~is_masked])
     assert z_ref.dtype == torch.long and z_ref.min() >= 0 and z_ref.max() < K
     assert torch.equal(z_masked, before)
@@ -193,8 +213,10 @@ def test_refinement_fills_what_is_hidden_and_keeps_the_rest(per_image):
 def test_refinement_samples_the_teachers_distribution():
     """Eq. 3 speaks of distributions: the argmax would not leave one invariant."""
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0]).expand(L, 6)
-    z_ref = fpd.refine(Constant(logits), torch.full((2000, L), 6), torch.zeros(2000, dtype=torch.long), 1.0, gen())
-    assert chi_square(torch.bincount(z_ref.flatten(), minlength=6), logits[0].softmax(0)) < CHI_SQUARE_5
+    z_masked, c = torch.full((2000, L), 6), torch.zeros(2000, dtype=torch.long)
+    z_ref = fpd.refine(Constant(logits), z_masked, c, 1.0, gen())
+    counts = torch.bincount(z_ref.flatten(), minlength=6)
+    assert chi_square(counts, logits[0].softmax(0)) < CHI_SQUARE_5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -210,7 +232,8 @@ def test_reveal_counts_end_in_zeros_when_rounding_up_has_used_all_tokens(tokens)
     for steps in range(1, tokens + 1):
         counts = fpd.reveal_counts(tokens, steps)
         fixed = [n for n in counts if n]
-        assert min(counts) >= 0 and sum(counts) == tokens and counts == fixed + [0] * (steps - len(fixed))
+        assert min(counts) >= 0 and sum(counts) == tokens
+        assert counts == fixed + [0] * (steps - len(fixed))
 
 
 def test_one_step_reveals_everything():
@@ -232,7 +255,8 @@ def test_sampled_images_are_codes_only_and_do_not_depend_on_their_batch(steps, s
     five = fpd.sample(teacher, c, steps, generators(3, 0, 5, "cpu"), s=s)
     assert five.shape == (5, L) and five.dtype == torch.long and five.min() >= 0 and five.max() < K
     for i in range(5):
-        assert torch.equal(fpd.sample(teacher, c[i:i + 1], steps, generators(3, i, 1, "cpu"), s=s)[0], five[i])
+        one = fpd.sample(teacher, c[i:i + 1], steps, generators(3, i, 1, "cpu"), s=s)
+        assert torch.equal(one[0], five[i])
     assert five.unique(dim=0).shape[0] == 5
 
 
@@ -248,14 +272,16 @@ def test_the_sampler_fixes_the_scheduled_number_of_tokens_and_never_revisits_one
 def test_guidance_ramps_up_from_none_so_a_single_step_has_none():
     teacher, c = Recorder(tiny()), torch.tensor([0, 1, 2])
     fpd.sample(teacher, c, 4, gen(), s=3.0)
-    assert [len(seen) for seen in teacher.seen] == [3, 6, 6, 6]                  # no unconditional half in the first step
+    # no unconditional half in the first step
+    assert [len(seen) for seen in teacher.seen] == [3, 6, 6, 6]
     logits = fpd.guided_logits(teacher, torch.full((3, L), K), c, 1.0)
     assert torch.equal(fpd.sample(teacher, c, 1, gen(), s=3.0), fpd.draw(logits, 1.0, gen()))
 
 
 def test_without_confidence_noise_the_surest_tokens_come_first():
-    """Position p has p + 1 equally likely codes, a confidence of -log(p + 1) whichever is drawn: positions are revealed in order."""
-    logits = torch.where(torch.arange(8) <= torch.arange(8)[:, None], 0.0, -1e9)                   # (L, K), both 8
+    """Position p has p + 1 equally likely codes, a confidence of -log(p + 1) whichever is drawn:
+    positions are revealed in order."""
+    logits = torch.where(torch.arange(8) <= torch.arange(8)[:, None], 0.0, -1e9)    # (L, K), both 8
     teacher = Recorder(Constant(logits))
     fpd.sample(teacher, torch.tensor([0]), 4, gen(), noise=0.0)
     shown = [0] + torch.tensor(fpd.reveal_counts(8, 4)).cumsum(0).tolist()
@@ -267,43 +293,52 @@ def test_confidence_noise_changes_the_order():
     logits = torch.where(torch.arange(8) <= torch.arange(8)[:, None], 0.0, -1e9)
     teacher = Recorder(Constant(logits))
     fpd.sample(teacher, torch.zeros(500, dtype=torch.long), 4, gen(), noise=4.5)
-    first = (teacher.seen[1] < 8).float().mean(0)                                # how often each position was revealed in the first step
-    assert first[0] > first[7] > 0.02                                            # the surest more often, the least sure not never
+    # how often each position was revealed in the first step
+    first = (teacher.seen[1] < 8).float().mean(0)
+    # the surest more often, the least sure not never
+    assert first[0] > first[7] > 0.02
 
 
-# ------------------------------------------------------------------------------------------------ the student
+# ---------------------------------------------------------------- the student
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_straight_through_is_hard_forward_and_soft_backward(temperature):
-    """Teacher and decoder see real codes, not nearly-codes; the logits get the gradient of softmax(logits) @ E (Eq. 8)."""
+    """Teacher and decoder see real codes, not nearly-codes; the logits get the gradient of
+    softmax(logits) @ E (Eq. 8)."""
     E = 3 * torch.randn(K, 4, generator=gen())
     logits = (5 * torch.randn(2, L, K, generator=gen(1))).requires_grad_()
     z_hat, e = fpd.straight_through(logits, E, gen(), temperature)
     assert z_hat.shape == (2, L) and e.shape == (2, L, 4)
-    assert torch.equal(e, E[z_hat])                                              # bit for bit
+    # bit for bit
+    assert torch.equal(e, E[z_hat])
     weight = torch.randn(e.shape, generator=gen(2))
     hard, = torch.autograd.grad(e.mul(weight).sum(), logits)
-    soft, = torch.autograd.grad(((logits / temperature).softmax(-1) @ E).mul(weight).sum(), logits)
+    e_soft = (logits / temperature).softmax(-1) @ E
+    soft, = torch.autograd.grad(e_soft.mul(weight).sum(), logits)
     torch.testing.assert_close(hard, soft)
     assert hard.abs().max() > 1e-3
 
 
 def test_the_soft_estimator_returns_the_mixture_of_codes():
     """The other row of Table 3a."""
-    E, logits = torch.randn(K, 4, generator=gen()), torch.randn(2, L, K, generator=gen(1), requires_grad=True)
+    E = torch.randn(K, 4, generator=gen())
+    logits = torch.randn(2, L, K, generator=gen(1), requires_grad=True)
     z_hat, e = fpd.straight_through(logits, E, gen(), 0.7, soft=True)
     torch.testing.assert_close(e, (logits / 0.7).softmax(-1) @ E)
     assert e.requires_grad
-    assert torch.equal(z_hat, fpd.straight_through(logits, E, gen(), 0.7)[0])    # the same draft
+    # the same draft
+    assert torch.equal(z_hat, fpd.straight_through(logits, E, gen(), 0.7)[0])
 
 
 def test_drafts_have_the_students_distribution_at_the_draft_temperature():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
     z_hat, _ = fpd.straight_through(logits.expand(100, 300, 6), torch.eye(6), gen(), 2.0)
-    assert chi_square(torch.bincount(z_hat.flatten(), minlength=6), (logits / 2).softmax(0)) < CHI_SQUARE_5
+    counts = torch.bincount(z_hat.flatten(), minlength=6)
+    assert chi_square(counts, (logits / 2).softmax(0)) < CHI_SQUARE_5
 
 
 def test_straight_through_is_exact_under_autocast():
-    E, logits = torch.randn(K, 4, generator=gen()), torch.randn(2, L, K, generator=gen(1)).bfloat16().requires_grad_()
+    E = torch.randn(K, 4, generator=gen())
+    logits = torch.randn(2, L, K, generator=gen(1)).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z_hat, e = fpd.straight_through(logits, E, gen())
     assert torch.equal(e, E[z_hat])
@@ -314,7 +349,8 @@ def test_one_step_images_are_codes_only_and_do_not_depend_on_their_batch():
     five = fpd.one_step(student, c, 0.9, generators(3, 0, 5, "cpu"))
     assert five.shape == (5, L) and five.min() >= 0 and five.max() < K
     for i in range(5):
-        assert torch.equal(fpd.one_step(student, c[i:i + 1], 0.9, generators(3, i, 1, "cpu"))[0], five[i])
+        one = fpd.one_step(student, c[i:i + 1], 0.9, generators(3, i, 1, "cpu"))
+        assert torch.equal(one[0], five[i])
 
 
 def test_one_step_shows_the_student_what_training_showed_it():
@@ -323,23 +359,28 @@ def test_one_step_shows_the_student_what_training_showed_it():
     assert len(student.seen) == 1 and ((student.seen[0] == K).sum(1) == 10).all()
 
 
-# ------------------------------------------------------------------------------------------------ one training step
+# ---------------------------------------------------------------- one training step
 def test_only_drafts_of_one_class_are_compared():
-    """Two classes of three drafts become positions of their own: the drift of each is the drift of its class alone."""
+    """Two classes of three drafts become positions of their own: the drift of each is the drift of
+    its class alone."""
     X, Y = torch.randn(6, 2, 5, generator=gen()), torch.randn(6, 2, 5, generator=gen(1))
     x, y = fpd.per_class_groups(X, 3), fpd.per_class_groups(Y, 3)
     assert x.shape == (3, 4, 5)
     for group in range(2):
         for i in range(3):
             assert torch.equal(x[i, 2 * group:2 * group + 2], X[3 * group + i])
+    # shuffles the second class's targets: same distances
     other = Y.clone()
-    other[3:] = Y[3:].roll(1, 0)                                                 # shuffles the second class's targets: same distances
-    torch.testing.assert_close(drift(x, fpd.per_class_groups(other, 3), 0.2)[:, :2], drift(x, y, 0.2)[:, :2])
-    assert torch.equal(fpd.per_class_groups(X, 6), X)                            # one class: nothing to fold
+    other[3:] = Y[3:].roll(1, 0)
+    V = drift(x, fpd.per_class_groups(other, 3), 0.2)
+    torch.testing.assert_close(V[:, :2], drift(x, y, 0.2)[:, :2])
+    # one class: nothing to fold
+    assert torch.equal(fpd.per_class_groups(X, 6), X)
 
 
 class Lift(fpd.Lift):
-    """Remembers the code embeddings that it decodes: in a step those of the refinements first, then those of the drafts."""
+    """Remembers the code embeddings that it decodes: in a step those of the refinements first, then
+    those of the drafts."""
     def __init__(self, *args):
         super().__init__(*args)
         self.seen = []
@@ -350,42 +391,53 @@ class Lift(fpd.Lift):
 
 
 class System:
-    """Everything that fpd_step needs, tiny, frozen as load_part freezes it; only the student learns."""
+    """Everything that fpd_step needs, tiny and frozen; only the student learns."""
     def __init__(self, **settings):
-        self.cfg = train.Config(**{**dict(batch=8, per_class=4, blocks=(0, 1, 2, 3)), **settings})
+        self.cfg = train.Config(**dict(batch=8, per_class=4, blocks=(0, 1, 2, 3)) | settings)
         torch.manual_seed(0)
-        self.vq = VQGAN(K=K, d=4, ch=4, ch_mult=(1, 2, 2), z_channels=8, groups=2, image_size=16).eval().requires_grad_(False)
+        self.vq = VQGAN(K=K, d=4, ch=4, ch_mult=(1, 2, 2), z_channels=8, groups=2, image_size=16)
+        self.vq.eval().requires_grad_(False)
         self.phi = ConvNet(num_classes=CLASSES, width=4).eval().requires_grad_(False)
         self.teacher, self.student = tiny(1), tiny(2).requires_grad_(True)
-        self.lift, self.c = Lift(self.vq, self.phi, self.cfg), torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
+        self.lift = Lift(self.vq, self.phi, self.cfg)
+        self.c = torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
 
     def step(self, seed=0):
-        return fpd.fpd_step(self.student, self.teacher, self.lift, self.vq.E, self.c, self.cfg, gen(seed))
+        return fpd.fpd_step(self.student, self.teacher, self.lift, self.vq.E, self.c, self.cfg,
+                            gen(seed))
 
 
-@pytest.mark.parametrize("settings", [{}, dict(estimator="soft"), dict(affinity="apart"), dict(own_pair=True),
-                                      dict(affinity="apart", own_pair=True), dict(refine_steps=3, remask_max=1.0), dict(teacher_cfg=1.0),
-                                      dict(per_class=8), dict(per_class=2), dict(bandwidths=(0.1,)), dict(init_mask=1.0),
-                                      dict(draft_temperature=0.5), dict(remask_min=0.0, remask_max=1.0)], ids=str)
+SETTINGS = [{}, dict(estimator="soft"), dict(affinity="apart"), dict(own_pair=True),
+            dict(affinity="apart", own_pair=True), dict(refine_steps=3, remask_max=1.0),
+            dict(teacher_cfg=1.0), dict(per_class=8), dict(per_class=2), dict(bandwidths=(0.1,)),
+            dict(init_mask=1.0), dict(draft_temperature=0.5), dict(remask_min=0.0, remask_max=1.0)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_step_gives_a_finite_loss_and_only_the_student_gets_gradient(settings):
     system = System(**settings)
-    system.teacher.requires_grad_(True)                                          # even then: the refinement is a constant
-    frozen = {name: value.clone() for net in (system.vq, system.phi, system.teacher) for name, value in net.state_dict().items()}
+    # even then: the refinement is a constant
+    system.teacher.requires_grad_(True)
+    networks = (system.vq, system.phi, system.teacher)
+    before = [copy.deepcopy(net.state_dict()) for net in networks]
     loss, logs, images = system.step()
     assert loss.ndim == 0 and loss.isfinite() and loss > 0 and images.shape == (8, 3, 16, 16)
     loss.backward()
     for p in system.student.parameters():
         assert p.grad is not None and p.grad.isfinite().all()
     assert system.student.tok_emb.weight.grad.abs().max() > 0
-    assert all(p.grad is None for net in (system.teacher, system.vq, system.phi) for p in net.parameters())
-    for net in (system.vq, system.phi, system.teacher):                          # batch statistics of Phi included
-        assert all(torch.equal(value, frozen[name]) for name, value in net.state_dict().items())
+    for net, state in zip(networks, before):
+        assert all(p.grad is None for p in net.parameters())
+        # batch statistics of Phi included
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, state[name])
 
-    names = {"entropy", "codes_used", "changed"} | {f"{kind}_{h:g}" for kind in ("rms", "cos") for h in system.cfg.bandwidths}
-    assert names <= set(logs)
-    assert all(value.ndim == 0 and value.isfinite() and not value.requires_grad for value in logs.values())
-    assert 0 < logs["entropy"] < math.log(K) + 1e-5 and 1 <= logs["codes_used"] <= K and 0 <= logs["changed"] <= 1
-    assert all(-1 <= logs[f"cos_{h:g}"] <= 1 for h in system.cfg.bandwidths)
+    for value in logs.values():
+        assert value.ndim == 0 and value.isfinite() and not value.requires_grad
+    assert 0 < logs["entropy"] < math.log(K) + 1e-5
+    assert 1 <= logs["codes_used"] <= K and 0 <= logs["changed"] <= 1
+    for h in system.cfg.bandwidths:
+        assert logs[f"rms_{h:g}"] > 0 and -1 <= logs[f"cos_{h:g}"] <= 1
 
 
 def test_all_of_the_gradient_passes_through_the_decoded_drafts():
@@ -404,7 +456,9 @@ def test_all_of_the_gradient_passes_through_the_decoded_drafts():
 
 def test_the_loss_is_the_sum_of_the_logged_rms_over_bandwidths_and_blocks():
     loss, logs, _ = System().step()
-    assert loss.item() == pytest.approx(4 * sum(logs[f"rms_{h:g}"].item() for h in (0.02, 0.05, 0.2)), rel=1e-5)    # 4 blocks, logged as means
+    total = sum(logs[f"rms_{h:g}"].item() for h in (0.02, 0.05, 0.2))
+    # 4 blocks, logged as means
+    assert loss.item() == pytest.approx(4 * total, rel=1e-5)
 
 
 def test_all_randomness_of_a_step_comes_from_its_generator():
@@ -412,42 +466,83 @@ def test_all_randomness_of_a_step_comes_from_its_generator():
     assert losses[0] == losses[1] != losses[2]
 
 
+def same_code(e, E):
+    """Which of the codes E (K, d) the embeddings e (B, L, d) are, bit for bit. -> (B, L, K) bool"""
+    return (e[:, :, None] == E).all(-1)
+
+
 def test_the_decoder_sees_codes_with_ste_and_mixtures_without():
     for estimator in ("ste", "soft"):
         system = System(estimator=estimator)
         system.step()
-        is_code = [(e[:, :, None] == system.vq.E).all(-1).any(-1).all().item() for e in system.lift.seen]
-        assert is_code == [True, estimator == "ste"]                             # the refinement first, then the draft
+        # the refinement first, then the draft
+        refinement, draft = system.lift.seen
+        assert same_code(refinement, system.vq.E).any(-1).all()
+        assert same_code(draft, system.vq.E).any(-1).all() == (estimator == "ste")
 
 
 def test_the_teacher_sees_the_draft_with_a_part_hidden():
-    """Student-driven refinement (Table 3b): what is visible to the teacher are the student's own tokens."""
+    """Student-driven refinement (Table 3b): what is visible to the teacher are the student's own
+    tokens."""
     system = System()
     system.teacher = Recorder(system.teacher)
     system.step()
-    z, = (z[:8] for z in system.teacher.seen)                                    # one pass; guidance doubles the batch
-    z_hat = (system.lift.seen[1][:, :, None] == system.vq.E).all(-1).float().argmax(-1)
+    # one pass; guidance doubles the batch
+    seen, = system.teacher.seen
+    z = seen[:8]
+    z_hat = same_code(system.lift.seen[1], system.vq.E).float().argmax(-1)
     hidden = (z == K).sum(1)
     assert ((z == z_hat) | (z == K)).all() and hidden.min() >= 1 and hidden.max() <= round(0.9 * L)
 
 
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("guidance, half", [(1.0, 1), (2.0, 2)])
+def test_a_step_is_in_the_papers_order_with_one_pass_of_the_teacher(passes, guidance, half):
+    """Draft, refinement, lift of both (Eq. 4, 5 and Sec. 3.3); guidance doubles the teacher's
+    batch. Three passes, ours, stand in the place of the one."""
+    system = System(refine_steps=passes, teacher_cfg=guidance)
+    order = []
+
+    def watch(name, called):
+        def watched(*args, **kind):
+            order.append((name, len(args[0])))
+            return called(*args, **kind)
+        return watched
+
+    system.student.forward = watch("student", system.student.forward)
+    system.teacher.forward = watch("teacher", system.teacher.forward)
+    system.vq.decode = watch("decode", system.vq.decode)
+    system.phi.maps = watch("phi", system.phi.maps)
+    system.step()
+    lift = [("decode", 8), ("phi", 8)]
+    assert order == [("student", 8)] + passes * [("teacher", half * 8)] + lift + lift
+
+
 def test_every_setting_of_the_method_reaches_its_place():
-    """init_mask, draft_temperature, remask_min and _max, teacher_cfg, refine_steps: seen from the networks' side."""
-    system = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6, teacher_cfg=3.0, refine_steps=2)
+    """init_mask, draft_temperature, remask_min and _max, teacher_cfg, refine_steps: seen from the
+    networks' side."""
+    system = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6,
+                    teacher_cfg=3.0, refine_steps=2)
     system.student, system.teacher = Recorder(system.student), Recorder(system.teacher)
     system.step()
     z_init, = system.student.seen
     assert ((z_init == K).sum(1) == 8).all()
-    assert torch.equal(system.lift.seen[1], system.vq.E[system.student.net(z_init, system.c).argmax(-1)])          # cold: the surest codes
-    assert [len(z) for z in system.teacher.seen] == [16, 16]                     # two passes, doubled by the guidance
+    # cold: the surest codes
+    surest = system.student.net(z_init, system.c).argmax(-1)
+    assert torch.equal(system.lift.seen[1], system.vq.E[surest])
+    # two passes, doubled by the guidance
+    assert [len(z) for z in system.teacher.seen] == [16, 16]
     hidden = [(z == K).sum(1) for z in system.teacher.seen]
     assert hidden[0].min() >= 8 and hidden[0].max() <= 10
-    assert torch.equal(hidden[1], (hidden[0] * 2 / 3).round().long())            # arccos(1/2) 2/pi = 2/3 are hidden again
+    # arccos(1/2) 2/pi = 2/3 are hidden again
+    assert torch.equal(hidden[1], (hidden[0] * 2 / 3).round().long())
 
 
 def test_the_four_forms_of_the_drift_and_the_grouping_are_different_losses():
-    settings = [dict(affinity=affinity, own_pair=own_pair) for affinity in ("joint", "apart") for own_pair in (False, True)]
-    losses = {System(**setting).step()[0].item() for setting in settings + [dict(per_class=8), dict(per_class=2)]}
+    every = [dict(affinity="joint", own_pair=False), dict(affinity="joint", own_pair=True),
+             dict(affinity="apart", own_pair=False), dict(affinity="apart", own_pair=True),
+             dict(per_class=8), dict(per_class=2)]
+    losses = {System(**settings).step()[0].item() for settings in every}
     assert len(losses) == 6
 
 
@@ -458,31 +553,36 @@ def test_lifted_features_are_sixteen_positions_of_four_blocks_and_pass_gradient(
     assert [tuple(x.shape) for x in X] == [(3, 16, 4), (3, 16, 8), (3, 16, 8), (3, 16, 16)]
     for x in X:
         gradient, = torch.autograd.grad(x.pow(2).sum(), e, retain_graph=True)
-        assert gradient.abs().amax(-1).min() > 0                                 # every token is felt
+        # every token is felt
+        assert gradient.abs().amax(-1).min() > 0
 
 
 def test_a_student_that_equals_its_refinements_has_nothing_to_learn():
-    """Eq. 3 in the simplest world: both networks know a single image. The loss is zero, up to rounding, and no token is changed."""
+    """Eq. 3 in the simplest world: both networks know a single image. The loss is zero, up to
+    rounding, and no token is changed."""
     system = System()
     with torch.no_grad():
         for net in (system.student, system.teacher):
             net.bias[:, 3] += 1e4
     loss, logs, _ = system.step()
     loss.backward()
-    assert loss.item() < 1e-4 and logs["changed"] == 0 and logs["codes_used"] == 1 and logs["entropy"] < 1e-6
+    assert loss.item() < 1e-4 and logs["changed"] == 0
+    assert logs["codes_used"] == 1 and logs["entropy"] < 1e-6
     assert all(p.grad.abs().max() < 1e-6 for p in system.student.parameters())
 
 
-# ------------------------------------------------------------------------------- the fixed point of Eq. 3
+# ---------------------------------------------------------------- the fixed point of Eq. 3
 class Pair:
-    """A teacher of two tokens that knows its distribution p (3, 3): what a hidden token is, given the other one or nothing."""
+    """A teacher of two tokens that knows its distribution p (3, 3): what a hidden token is, given
+    the other one or nothing."""
     K, L = 3, 2
 
     def __init__(self, p):
         self.p = p
 
     def __call__(self, z, c, *args, **kind):
-        first = torch.cat([self.p.T, self.p.sum(1)[None]])                       # (K + 1, K): row of the second token, 3 = hidden
+        # (K + 1, K): a row for each value of the other token, 3 = hidden
+        first = torch.cat([self.p.T, self.p.sum(1)[None]])
         second = torch.cat([self.p, self.p.sum(0)[None]])
         return torch.stack([first[z[:, 1]], second[z[:, 0]]], 1).log()
 
@@ -497,35 +597,43 @@ def pairs_after(teacher, z, rounds, **settings):
     return torch.bincount(3 * z[:, 0] + z[:, 1], minlength=9)
 
 
-def test_the_chain_of_eq_3_converges_to_the_teachers_distribution_where_its_conditionals_are_exact():
-    """Half of two tokens hidden: each round draws one of them given the other, a Gibbs sampler. It starts from one pair alone."""
+def test_the_chain_of_eq_3_converges_to_a_teachers_distribution_with_exact_conditionals():
+    """Half of two tokens hidden: each round draws one of them given the other, a Gibbs sampler. It
+    starts from one pair alone."""
     teacher, z = Pair(JOINT), torch.zeros(4000, 2, dtype=torch.long)
-    short, long = (pairs_after(teacher, z, rounds, remask_min=0.1, remask_max=0.5) for rounds in (1, 40))
+    short = pairs_after(teacher, z, 1, remask_min=0.1, remask_max=0.5)
+    long = pairs_after(teacher, z, 40, remask_min=0.1, remask_max=0.5)
     assert chi_square(long, JOINT.flatten()) < CHI_SQUARE_8 < chi_square(short, JOINT.flatten())
 
 
 def test_one_pass_from_nothing_forgets_what_two_remember():
-    """With r = 1 nothing is visible: a single pass draws both tokens alone, a second one sees the first token."""
+    """With r = 1 nothing is visible: a single pass draws both tokens alone, a second one sees the
+    first token."""
     teacher, z = Pair(JOINT), torch.zeros(4000, 2, dtype=torch.long)
     alone = (JOINT.sum(1)[:, None] * JOINT.sum(0)).flatten()
-    one, two = (pairs_after(teacher, z, 1, remask_min=0.99, remask_max=1.0, refine_steps=n, confidence_noise=1e9) for n in (1, 2))
+    settings = dict(remask_min=0.99, remask_max=1.0, confidence_noise=1e9)
+    one = pairs_after(teacher, z, 1, refine_steps=1, **settings)
+    two = pairs_after(teacher, z, 1, refine_steps=2, **settings)
     assert chi_square(one, alone) < CHI_SQUARE_8 < chi_square(one, JOINT.flatten())
     assert chi_square(two, JOINT.flatten()) < CHI_SQUARE_8 < chi_square(two, alone)
 
 
 def test_independent_tokens_are_right_after_one_round_for_every_r_and_any_number_of_passes():
     p = torch.tensor([0.5, 0.3, 0.2])[:, None] * torch.tensor([0.1, 0.6, 0.3])
+    z = torch.zeros(4000, 2, dtype=torch.long)
     for passes in (1, 2):
-        counts = pairs_after(Pair(p), torch.zeros(4000, 2, dtype=torch.long), 30, remask_min=0.0, remask_max=1.0, refine_steps=passes)
+        counts = pairs_after(Pair(p), z, 30, remask_min=0.0, remask_max=1.0, refine_steps=passes)
         assert chi_square(counts, p.flatten()) < CHI_SQUARE_8
 
 
 def test_refinement_in_several_passes_keeps_what_is_visible_and_hides_fewer_each_time():
     teacher, z = Recorder(tiny()), torch.randint(K, (6, L), generator=gen())
     z_masked, is_masked = fpd.remask(z, torch.linspace(0.2, 1, 6), K, gen(1))
-    z_ref = fpd.refine(teacher, z_masked, torch.zeros(6, dtype=torch.long), 1.0, gen(2), passes=4, noise=1.0)
+    c = torch.zeros(6, dtype=torch.long)
+    z_ref = fpd.refine(teacher, z_masked, c, 1.0, gen(2), passes=4, noise=1.0)
     assert torch.equal(z_ref[~is_masked], z[~is_masked]) and z_ref.max() < K
-    hidden = torch.stack([(seen == K).sum(1) for seen in teacher.seen])         # (4, 6)
-    expected = torch.arccos(torch.tensor([0, 0.25, 0.5, 0.75]))[:, None] * 2 / math.pi * is_masked.sum(1)
-    assert torch.equal(hidden, expected.round().long())
-    assert all((later[earlier != K] != K).all() for earlier, later in zip(teacher.seen, teacher.seen[1:]))
+    hidden = torch.stack([(seen == K).sum(1) for seen in teacher.seen])             # (4, 6)
+    share = torch.arccos(torch.tensor([0, 0.25, 0.5, 0.75])) * 2 / math.pi
+    assert torch.equal(hidden, (share[:, None] * is_masked.sum(1)).round().long())
+    for earlier, later in zip(teacher.seen, teacher.seen[1:]):
+        assert (later[earlier != K] != K).all()

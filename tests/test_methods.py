@@ -1,4 +1,5 @@
-"""The comparison methods, Di[M]O and SDTT: their steps do what their papers say; runs can be interrupted."""
+"""The comparison methods, Di[M]O and SDTT: their steps do what their papers say; runs can be
+interrupted."""
 import copy
 import signal
 import types
@@ -16,10 +17,12 @@ CFG = train.Config(teacher_cfg=1.0)
 
 
 class Table(nn.Module):
-    """A student that ignores its input: logits (L, K) are all of its weights, so its tokens are independent."""
+    """A student that ignores its input: logits (L, K) are all of its weights, so its tokens are
+    independent."""
     def __init__(self, logits):
         super().__init__()
-        self.logits, (self.L, self.K) = nn.Parameter(logits), logits.shape
+        self.logits = nn.Parameter(logits)
+        self.L, self.K = logits.shape
 
     def forward(self, z, c):
         self.out = self.logits.expand(len(z), -1, -1).clone()
@@ -37,13 +40,15 @@ def labels(B):
 
 def divergence(p, q):
     """KL(p, q) of two distributions, given by logits (..., K). -> (...)"""
-    P, Q = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    P = torch.distributions.Categorical(logits=p)
+    Q = torch.distributions.Categorical(logits=q)
     return torch.distributions.kl_divergence(P, Q)
 
 
 # ---------------------------------------------------------------- Di[M]O
 def test_the_students_logits_get_the_auxiliarys_gradient():
-    """At the hidden positions, per hidden position, q - p: that of KL(p, q), teacher p, auxiliary q.
+    """At the hidden positions, per hidden position, q - p: that of KL(p, q), teacher p,
+    auxiliary q.
 
     None at the visible ones, none at all where auxiliary and teacher agree.
     """
@@ -92,11 +97,15 @@ def test_the_auxiliary_learns_the_students_distribution():
 
 
 def test_dimo_brings_the_student_to_the_teacher():
-    """Teacher of independent tokens: the divergence falls, and the student's distribution becomes the teacher's."""
+    """Teacher of independent tokens: the divergence falls, and the student's distribution becomes
+    the teacher's."""
     target = torch.randn(L, K, generator=gen(4))
-    student, auxiliary = Table(torch.zeros(L, K)), tiny(2).requires_grad_(True)
-    teacher, opt, student_opt = Constant(target), adam(auxiliary, 0.02), adam(student, 0.015)     # the slower one is followed
-    before, losses = divergence(target, student.logits.detach()).mean().item(), []
+    teacher, student, auxiliary = Constant(target), Table(torch.zeros(L, K)), tiny(2)
+    auxiliary.requires_grad_(True)
+    # the slower one is followed
+    opt, student_opt = adam(auxiliary, 0.02), adam(student, 0.015)
+    before = divergence(target, student.logits.detach()).mean().item()
+    losses = []
     for step in range(150):
         loss, _ = fpd.dimo_step(student, teacher, auxiliary, opt, labels(16), CFG, gen(step))
         student_opt.zero_grad()
@@ -107,40 +116,49 @@ def test_dimo_brings_the_student_to_the_teacher():
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10]), losses
 
 
-# ------------------------------------------------------------------------------------------------ SDTT
+# ---------------------------------------------------------------- SDTT
 def test_the_target_is_each_positions_prediction_when_it_was_revealed():
-    """Of the first step where that revealed it; of the second everywhere else. What the second sees is the first's sample."""
+    """Of the first step where that revealed it; of the second everywhere else. What the second sees
+    is the first's sample."""
     teacher, z, c = Recorder(tiny(1)), torch.randint(K, (6, L), generator=gen(5)), labels(6)
-    now, middle = torch.tensor([1, 1, 0.75, 0.5, 0.5, 0.01]), torch.tensor([0.5, 0.8, 0.5, 0.5, 0.2, 0.001])
+    now = torch.tensor([1, 1, 0.75, 0.5, 0.5, 0.01])
+    middle = torch.tensor([0.5, 0.8, 0.5, 0.5, 0.2, 0.001])
     z_masked, is_masked, target = fpd.sdtt_target(teacher, z, c, now, middle, 1, gen())
     first, second = teacher.seen
     still = second == K
-    assert torch.equal(first, z_masked) and torch.equal(is_masked, first == K) and torch.equal(first[~is_masked], z[~is_masked])
-    assert is_masked.sum(1).tolist() == [16, 16, 12, 8, 8, 1] and still.sum(1).tolist() == [8, 13, 8, 8, 3, 1]
+    assert torch.equal(first, z_masked) and torch.equal(is_masked, first == K)
+    assert torch.equal(first[~is_masked], z[~is_masked])
+    assert is_masked.sum(1).tolist() == [16, 16, 12, 8, 8, 1]
+    assert still.sum(1).tolist() == [8, 13, 8, 8, 3, 1]
     assert not (still & ~is_masked).any() and torch.equal(second[~is_masked], z[~is_masked])
     torch.testing.assert_close(target[~still], teacher.net(first, c)[~still])
     torch.testing.assert_close(target[still], teacher.net(second, c)[still])
-    same = Constant(torch.randn(L, K, generator=gen(6)))                         # both steps agree
-    assert torch.equal(fpd.sdtt_target(same, z, c, now, middle, 1, gen())[2], same.logits.expand(6, L, K))
+    # both steps agree
+    same = Constant(torch.randn(L, K, generator=gen(6)))
+    target = fpd.sdtt_target(same, z, c, now, middle, 1, gen())[2]
+    assert torch.equal(target, same.logits.expand(6, L, K))
 
 
 def test_sdtt_loss_is_the_students_divergence_from_the_target():
-    """KL(student, teacher) at the hidden positions: of one step, at all of them. Zero, and no gradient, where they agree."""
+    """KL(student, teacher) at the hidden positions: of one step, at all of them. Zero, and no
+    gradient, where they agree."""
     target, z = torch.randn(L, K, generator=gen(6)), torch.zeros(4, L, dtype=torch.long)
     for logits in (torch.randn(L, K, generator=gen(7)), target.clone()):
         student = Table(logits)
         loss, logs = fpd.sdtt_step(student, Constant(target), z, labels(4), 1, 1, gen())
         loss.backward()
         p, q = logits.softmax(-1), target.softmax(-1)
-        assert loss.item() == pytest.approx((p * (p.log() - q.log())).sum(-1).mean().item(), abs=1e-5)
+        expected = (p * (p.log() - q.log())).sum(-1).mean()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
         assert (student.logits.grad.abs().max() < 1e-6) == torch.equal(logits, target)
         assert logs["entropy"].isfinite() and not logs["entropy"].requires_grad
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_sdtt_brings_the_student_to_the_target(steps):
-    teacher, student, z, losses = tiny(1), tiny(2).requires_grad_(True), torch.randint(K, (16, L), generator=gen(5)), []
-    opt = adam(student)
+    teacher, student = tiny(1), tiny(2).requires_grad_(True)
+    z = torch.randint(K, (16, L), generator=gen(5))
+    opt, losses = adam(student), []
     for step in range(60):
         loss, _ = fpd.sdtt_step(student, teacher, z, labels(16), steps, 1, gen(step))
         opt.zero_grad()
@@ -151,27 +169,41 @@ def test_sdtt_brings_the_student_to_the_target(steps):
 
 
 def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch):
-    """16 -> 8 -> 4 -> 2 -> 1, in quarters of the run. The images of the canvas are always the first teacher's; guidance is learnt once."""
+    """16 -> 8 -> 4 -> 2 -> 1, in quarters of the run. The images of the canvas are always the first
+    teacher's; guidance is learnt once."""
     calls, sampled = [], []
-    monkeypatch.setattr(fpd, "sdtt_step", lambda student, teacher, z, c, steps, s, generator: calls.append((steps, s, teacher.bias[0, 0].item())))
-    monkeypatch.setattr(fpd, "sample_teacher", lambda teacher, c, *_: sampled.append(teacher.bias[0, 0].item()) or torch.zeros(len(c), L).long())
+
+    def sdtt_step(student, teacher, z, c, steps, s, generator):
+        calls.append((steps, s, teacher.bias[0, 0].item()))
+
+    def sample_teacher(teacher, c, *_):
+        sampled.append(teacher.bias[0, 0].item())
+        return torch.zeros(len(c), L, dtype=torch.long)
+
+    monkeypatch.setattr(fpd, "sdtt_step", sdtt_step)
+    monkeypatch.setattr(fpd, "sample_teacher", sample_teacher)
     student, cfg = tiny(1), train.Config(method="sdtt", steps=8, teacher_cfg=3.0)
     method = fpd.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
     first = student.bias[0, 0].item()
     for step in range(1, 9):
-        if step == 6:                                                            # an interruption in the third round
+        # an interruption in the third round
+        if step == 6:
             state, method = method.state(), fpd.SDTT(cfg, types.SimpleNamespace(teacher=tiny(1)))
             method.load(state)
         method.step(student, labels(2), step, gen())
-        student.bias[0, 0] = step                                                # it learns
-    assert calls == [(8, 3, first), (8, 3, first), (4, 1, 2), (4, 1, 2), (2, 1, 4), (2, 1, 4), (1, 1, 6), (1, 1, 6)]
-    assert sampled == [first] * 6                                                # the last round's canvas is empty
+        # it learns
+        student.bias[0, 0] = step
+    assert calls == [(8, 3, first), (8, 3, first), (4, 1, 2), (4, 1, 2),
+                     (2, 1, 4), (2, 1, 4), (1, 1, 6), (1, 1, 6)]
+    # the last round's canvas is empty
+    assert sampled == [first] * 6
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# ---------------------------------------------------------------- runs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("methods")                                    # its prepared networks are shared
+    """The prepared networks in it are shared."""
+    return tmp_path_factory.mktemp("methods")
 
 
 @pytest.mark.parametrize("method", ["dimo", "sdtt"])
@@ -179,26 +211,36 @@ def test_an_interrupted_run_goes_on_bit_for_bit(method, folder, monkeypatch):
     """Auxiliary, its optimiser, and the teacher of the round included."""
     monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: None)
     monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
-    line = f"train.py --smoke --method {method} --batch 4 --per-class 2 --refine-steps 2 --name {method}"
+    line = (f"train.py --smoke --method {method} --batch 4 --per-class 2 --refine-steps 2 "
+            f"--name {method}")
     assert in_process(line, folder).returncode == 0
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: signal.raise_signal(signal.SIGINT))      # after step 2
+    # after step 2
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
     done = in_process(f"{line}-halves", folder)
     assert done.returncode == 130 and "saved after step 2" in done.stdout
     monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
     done = in_process(f"train.py --resume --name {method}-halves", folder)
     assert done.returncode == 0, done.stderr
-    whole, halves = (torch.load(folder / "runs" / name / "checkpoint.pt", weights_only=True) for name in (method, f"{method}-halves"))
+    runs = folder / "runs"
+    whole = torch.load(runs / method / "checkpoint.pt", weights_only=True)
+    halves = torch.load(runs / f"{method}-halves" / "checkpoint.pt", weights_only=True)
     network = {"dimo": "auxiliary", "sdtt": "teacher"}[method]
-    for a, b in ((whole["student"], halves["student"]), (whole["ema"], halves["ema"]), (whole["method"][network], halves["method"][network])):
+    for a, b in ((whole["student"], halves["student"]), (whole["ema"], halves["ema"]),
+                 (whole["method"][network], halves["method"][network])):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(whole["rng"], halves["rng"]) and halves["step"] == 4
     assert whole["config"]["init_mask"] == {"dimo": 0.95, "sdtt": 1.0}[method]
-    refused(in_process(f"train.py --resume --name {method} --method fpd --steps 8", folder), "--method", "cannot become 'fpd'")
-    if method == "sdtt":                                                         # its rounds would begin anew
-        refused(in_process("train.py --resume --name sdtt --steps 8", folder), "--steps", "cannot become 8")
+    done = in_process(f"train.py --resume --name {method} --method fpd --steps 8", folder)
+    refused(done, "--method", "cannot become 'fpd'")
+    # its rounds would begin anew
+    if method == "sdtt":
+        done = in_process("train.py --resume --name sdtt --steps 8", folder)
+        refused(done, "--steps", "cannot become 8")
 
 
 def test_methods_refuse_what_they_cannot_do(folder):
     refused(in_process("train.py --method ours", folder), "--method", "fpd, dimo, sdtt")
-    refused(in_process("train.py --method dimo --gan-weight 0.5", folder), "--gan-weight goes with --method fpd")
-    refused(in_process("train.py --method sdtt --init-mask 0.9", folder), "--init-mask 1, got 0.9")
+    done = in_process("train.py --method dimo --gan-weight 0.5", folder)
+    refused(done, "--gan-weight goes with --method fpd")
+    done = in_process("train.py --method sdtt --init-mask 0.9", folder)
+    refused(done, "--init-mask 1, got 0.9")

@@ -1,4 +1,5 @@
-"""The commands of README.md: what a CPU can run without official files runs, training in its smoke form; the others miss nothing else."""
+"""The commands of README.md: what a CPU can run without official files runs, training in its smoke
+form; the others miss nothing else."""
 import json
 import shlex
 
@@ -7,41 +8,52 @@ import torch
 from conftest import ROOT, in_process, own_copy, refused
 from PIL import Image
 
-import evaluate
 import tokenizer
 import train
 
 BLOCKS = (ROOT / "README.md").read_text().split("\n```")[1::2]
-LINES = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
-LINES = list(dict.fromkeys(shlex.join(words) for words in LINES if words[0].endswith(".py")))          # without comments, each once
+LINES = []
+for block in BLOCKS:
+    for text in block.splitlines():
+        words = shlex.split(text, comments=True) if text.startswith("python ") else ["", ""]
+        # without comments, each once
+        if words[1].endswith(".py") and shlex.join(words[1:]) not in LINES:
+            LINES.append(shlex.join(words[1:]))
 
 
 @pytest.fixture(scope="module")
 def worlds(smoke_runs, tmp_path_factory):
-    """-> function: name of a dataset -> a folder with a smoke run of it, GenEval's files for one prompt, and DIR with images of two classes"""
+    """-> function: name of a dataset -> a folder with a smoke run of it, GenEval's files for one
+    prompt, and DIR with images of two classes"""
     folders = {}
 
     def world(dataset):
         if dataset not in folders:
             folder = folders[dataset] = own_copy(tmp_path_factory, smoke_runs(dataset))
-            prompt = dict(tag="single_object", include=[{"class": "dog", "count": 1}], prompt="a photo of a dog")
+            prompt = dict(tag="single_object", include=[{"class": "dog", "count": 1}],
+                          prompt="a photo of a dog")
             (folder / "evaluation_metadata.jsonl").write_text(json.dumps(prompt))
-            (folder / "FILE").write_text(json.dumps(dict(image="00000/samples/0000.png", detections=[])))
+            found = dict(image="00000/samples/0000.png", detections=[])
+            (folder / "FILE").write_text(json.dumps(found))
             for i, image in enumerate(tokenizer.shapes(torch.arange(40) % 2, 0)):
-                (folder / "DIR" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "DIR" / "ab"[i % 2] / f"{i}.png")
+                place = folder / "DIR" / "ab"[i % 2]
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
         return folders[dataset]
     return world
 
 
 def test_commands_are_found():
-    assert len(LINES) > 15 and {line.split()[0] for line in LINES} == {"train.py", "sample.py", "evaluate.py"}
+    assert len(LINES) > 15
+    assert {line.split()[0] for line in LINES} == {"train.py", "sample.py", "evaluate.py"}
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("train.py")])
 def test_training_runs(line, worlds, monkeypatch, no_pictures):
-    """With --smoke in place of hours, over networks that are there. --ablations: the first row of its table."""
+    """With --smoke in place of hours, over networks that are there. --ablations: the first row of
+    its table. How --bench works is tested elsewhere."""
     monkeypatch.setattr(train, "ABLATIONS", train.ABLATIONS[:1])
+    monkeypatch.setattr(train, "bench", lambda *args: None)
     words = shlex.split(line)
     if "--gpus" in words or "laion" in words:
         done = in_process(words, worlds("laion"))
@@ -49,7 +61,8 @@ def test_training_runs(line, worlds, monkeypatch, no_pictures):
         assert "no weights for" in done.stderr or "CUDA devices here" in done.stderr
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-        train.parse(words[1:])                                           # all is well where there are GPUs
+        # all is well where there are GPUs
+        train.parse(words[1:])
     else:
         words += ["--steps", "5"] if "--resume" in words else ["--smoke"]
         done = in_process(words, worlds("scenes" if "scenes" in words else "shapes"))
@@ -57,14 +70,22 @@ def test_training_runs(line, worlds, monkeypatch, no_pictures):
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if not line.startswith("train.py")])
-def test_pictures_and_scores_are_made(line, worlds, monkeypatch):
-    """Of smoke runs. Where official files are needed, that they are missing is all that is wrong. How --bench works is tested elsewhere."""
-    monkeypatch.setattr(evaluate, "bench", lambda *args: None)
-    dataset = ("imagenet" if "207" in line or "--reference" in line else "laion" if "laion" in line or "--geneval" in line or "car" in line else
-               "scenes" if "--prompt" in line else "shapes")
-    few = {"sample.py": ["--n", "1"], "evaluate.py": ["--images", "48", "--steps", "1"]}[line.split()[0]]
-    done = in_process(shlex.split(line) + few * ("--geneval" not in line and "--reference" not in line), worlds(dataset))
-    if any(words in line for words in ("--dataset", "--student", "--reference")):
+def test_pictures_and_scores_are_made(line, worlds):
+    """Of smoke runs. Where official files are needed, that they are missing is all that is
+    wrong."""
+    if "207" in line or "--reference" in line:
+        dataset = "imagenet"
+    elif "laion" in line or "--geneval" in line or "car" in line:
+        dataset = "laion"
+    else:
+        dataset = "scenes" if "--prompt" in line else "shapes"
+    words = shlex.split(line)
+    if words[0] == "sample.py":
+        words += ["--n", "1"]
+    elif "--geneval" not in line and "--reference" not in line:
+        words += ["--images", "48", "--steps", "1"]
+    done = in_process(words, worlds(dataset))
+    if any(name in line for name in ("--dataset", "--student", "--reference")):
         refused(done, "no weights for", lines=done.stderr.count("\n"))
     else:
         assert done.returncode == 0, done.stderr[-2000:]
