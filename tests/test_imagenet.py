@@ -291,7 +291,7 @@ def test_scores_of_a_folder(scored):
     mu, sigma = evaluate.statistics(features)
     np.savez(scored / "statistics.npz", mu=mu + 0.1, sigma=sigma)
     assert in_process(line + "statistics.npz", scored).returncode == 0
-    (row,) = json.loads((scored / "report.json").read_text())["rows"]
+    (row,) = json.loads((scored / "report-2.json").read_text())["rows"]
     assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
 
 

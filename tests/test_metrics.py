@@ -327,9 +327,9 @@ def test_a_wrong_reference_ends_in_one_clear_line(pictures, tmp_path):
 
     assert "does not exist" in message("absent")
     (tmp_path / "empty").mkdir()
-    assert "0 .png files" in message("empty")
+    assert "no images there" in message("empty")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "folder of PNGs or a .npz" in message("notes.txt")
+    assert "folder of images or a .npz" in message("notes.txt")
     assert "mu and sigma" in message("mean.npz", mu=np.zeros(3))
     assert "(3,) and (4, 4)" in message("mixed.npz", mu=np.zeros(3), sigma=np.eye(4))
     assert "(N, H, W, 3) uint8" in message("float.npz", arr_0=hwc / 255)

@@ -252,7 +252,7 @@ def test_the_table_of_scenes(scenes, monkeypatch):
     done = in_process("evaluate.py --images 48 --steps 2 --seed 1", folder / "other")
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(tag in done.stdout for tag in (*tokenizer.TAGS, "overall", "student"))
-    report = json.loads((folder / "other/runs/scenes-smoke/report.json").read_text())
+    report = json.loads((folder / "other/runs/scenes-smoke/report-2.json").read_text())
     rows = [(row["model"], row["steps"]) for row in report["rows"]]
     assert rows == [("real", None), ("round trip", None), ("teacher", 2),
                     ("fixed point", None), ("student", 1)]
