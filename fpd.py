@@ -271,7 +271,15 @@ class Lift:
         No clamp: it would stop the gradient.
         """
         self.mark("decode")
-        return self.in_chunks(lambda e, c: [self.tokenizer.decode(e, c)], e, c)[0]
+        return self.in_chunks(self.decoded, e, c)[0]
+
+    def decoded(self, e, c):
+        """In the precision of the decoder's own weights: under autocast its norms would be float32,
+        with copies before and after each, a quarter of a training step's time on a GPU."""
+        dtype = next(self.tokenizer.decoder.parameters()).dtype
+        with torch.autocast(e.device.type, enabled=False):
+            c = c.to(dtype) if c is not None and c.is_floating_point() else c   # text, not labels
+            return [self.tokenizer.decode(e.to(dtype), c)]
 
     def features(self, images):
         """Images (B, 3, H, W) -> list of X (B, F, D)."""
@@ -310,7 +318,7 @@ def per_class_groups(X, n):
 def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """Hard codes forward, soft gradients backward (Eq. 8).
 
-    logits (B, L, K) of the student; E (K, d); temperature of the draft (divides; 1 in the paper)
+    logits (B, L, K) of the student; E (K, d); temperature of the draft (divides)
     soft      feed the decoder the mixture e_soft instead, the other row of Table 3a
     returns   z_hat (B, L), the sampled draft, and e (B, L, d): E[z_hat] bit for bit unless soft
     """
@@ -358,7 +366,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     # draft (Eq. 4): one pass over an almost hidden canvas
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)   # (B, L)
     logits = student(z_init, c)                                     # (B, L, K)
-    z_hat, e = straight_through(logits, E, generator, cfg.draft_temperature,    # (B, L), (B, L, d)
+    z_hat, e = straight_through(logits, E, generator, cfg.temperature,    # (B, L), (B, L, d)
                                 soft=cfg.estimator == "soft")
     # refinement (Eq. 5): hide a part of the draft, let the frozen teacher fill it in
     with torch.no_grad():
@@ -652,7 +660,7 @@ def dimo_step(student, teacher, auxiliary, opt, c, cfg, generator):
     """
     B, K, device = len(c), student.K, c.device
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, device)
-    logits = student(z_init, c).float() / cfg.draft_temperature     # (B, L, K)
+    logits = student(z_init, c).float() / cfg.temperature     # (B, L, K)
     z_hat = draw(logits, 1.0, generator)                            # (B, L)
 
     def hide_some():

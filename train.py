@@ -109,8 +109,7 @@ class Config:
     confidence_noise: float = sample.PUBLIC["imagenet"]["confidence_noise"]  # their r_temp
     # the method
     init_mask: float = 0.9            # r_init of Sec. 3.2; stored with the student
-    draft_temperature: float = 1.0    # of Eq. 4, in training
-    temperature: float = 1.0          # of Eq. 4, when the student is sampled
+    temperature: float = 1.0          # of Eq. 4, in training and after it
     draft: str = "student"            # student | random: what is refined (Table 3b)
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
@@ -146,13 +145,13 @@ CLIP = 1.0
 # lift_chunk None, 16, 8, 4; `memory` without this margin says 40.8, 25.5, 17.9, 14.1
 MARGIN = 1.1
 # What the small worlds change: their student is 200 times smaller and trains for minutes
-SMALL = dict(batch=64, steps=320, lr=4e-4, warmup=20, decay=0.7, ema=0.985, init_mask=0.95,
-             temperature=0.1, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
+SMALL = dict(batch=64, steps=320, lr=1.5e-4, warmup=20, decay=0.7, ema=0.985, init_mask=0.95,
+             temperature=0.3, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
              sample_every=80, save_every=50)
 # Scenes: what matters is what the caption says, so refinements are more guided. There are 12,000
-# captions where shapes has 24 classes: more of them in a batch, a lower learning rate, more
-# steps, and no change to how text is read
-SCENES = SMALL | dict(steps=1000, lr=1.5e-4, per_class=8, teacher_cfg=3.0, confidence_noise=0.7,
+# captions where shapes has 24 classes: more of them in a batch, more steps, and no change to how
+# text is read
+SCENES = SMALL | dict(steps=1000, per_class=8, teacher_cfg=3.0, confidence_noise=0.7,
                       freeze_text=True, teacher_steps=1200)
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
              confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])       # Sec. 4.1
@@ -160,7 +159,7 @@ LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
 # ... and in the small worlds. SDTT: its last round, the one that counts, needs a learning rate;
 # without codes in z_init the sampling is its only noise, so it stays warm
-SMALL_METHODS = {"fpd": {}, "dimo": {},
+SMALL_METHODS = {"fpd": {}, "dimo": dict(temperature=1.0),
                  "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0)}
 # --smoke. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are
 # the same as 4
@@ -285,7 +284,7 @@ def check_values(cfg):
                  "log_every", "sample_every", "save_every"):
         if getattr(cfg, name) < 1:
             refuse(cfg, name, "should be at least 1")
-    for name in ("draft_temperature", "temperature", "lr"):
+    for name in ("temperature", "lr"):
         if getattr(cfg, name) <= 0:
             refuse(cfg, name, "should be positive")
     for name in ("decay", "ema"):
@@ -835,13 +834,9 @@ def update_ema(ema, student, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
-def precision(device):
-    """Autocast to bfloat16, where a GPU computes with it and not merely acts as if it did.
-
-    The drift is float32 in any case.
-    """
-    is_able = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device, torch.bfloat16, enabled=is_able)
+def computes_bfloat16(device):
+    """Is this a GPU that computes with bfloat16, and does not merely act as if it did?"""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Distillation:
@@ -849,6 +844,8 @@ class Distillation:
 
     student, ema   copies of the teacher at first;   opt: AdamW of the student
     generator      all randomness of this process
+    half           autocast to bfloat16 where the GPU has it; the drift is float32 in any case
+    tokenizer      what lifts the drafts; its weights are then bfloat16 (see fpd.Lift.decoded)
     gan            fpd.Gan, or None
     other          fpd.DiMO or fpd.SDTT, in place of fpd_step, or None
     unread         [(step, {term: 0-dim tensor}), ...] whose numbers nobody has looked at
@@ -867,7 +864,11 @@ class Distillation:
         # a GPU's generator takes 32 bits
         self.seed = cfg.seed + 1_000_003 * self.rank
         self.generator = torch.Generator(device).manual_seed(self.seed)
-        self.half = precision(device)
+        is_half = computes_bfloat16(device)
+        self.half = torch.autocast(device, torch.bfloat16, enabled=is_half)
+        self.tokenizer = parts.tokenizer
+        if is_half:
+            self.tokenizer = copy.deepcopy(parts.tokenizer).to(torch.bfloat16)
         self.gan, self.other = None, None
         if cfg.gan_weight:
             self.gan = fpd.Gan(cfg, parts, device, self.rank, self.n_ranks)
@@ -900,7 +901,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
         save_state(run, 0)
         if cfg.sample_every <= cfg.steps:
             sample_sheet(run, 0)
-    lift = fpd.Lift(parts.tokenizer, parts.phi, fit_to_card(run), mark)
+    lift = fpd.Lift(run.tokenizer, parts.phi, fit_to_card(run), mark)
     student = share_gradients(run.student, run.gan, run.other)
     print(f"distil: {cfg.steps - start} steps to come, each of {cfg.batch * run.n_ranks} images")
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps,
@@ -1036,9 +1037,10 @@ def fit_to_card(run):
     if device.type != "cuda" or run.other:
         return cfg
     c = draw_condition(run.parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
+    parts = types.SimpleNamespace(**{**vars(run.parts), "tokenizer": run.tokenizer})
 
     def estimate(chunk):
-        return memory(run.student, run.parts, with_chunk(cfg, chunk), run.half, c, run.gan)
+        return memory(run.student, parts, with_chunk(cfg, chunk), run.half, c, run.gan)
     # what torch holds already is a part of the estimate
     free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
     chunk, who = cfg.lift_chunk, "as asked for"
@@ -1705,7 +1707,7 @@ def bench(cfg, folder, device):
     name, training = f"CPU, {torch.get_num_threads()} threads", "float32"
     if device == "cuda":
         name = torch.cuda.get_device_name()
-        if precision(device)._enabled:
+        if computes_bfloat16(device):
             training = "bfloat16, drift float32"
     protocol = dict(device=name, dataset=cfg.dataset, batch=cfg.batch, training=training,
                     sampling="float32, text encoder not counted", torch=torch.__version__)

@@ -82,7 +82,8 @@ class OfCard(System):
         super().__init__(**settings)
         self.parts = types.SimpleNamespace(tokenizer=self.vq, phi=self.phi, teacher=self.teacher,
                                            text=None, captions=None, names=["a", "b", "c"])
-        self.half, self.gan, self.other = train.precision("cpu"), None, None
+        self.half = torch.autocast("cpu", torch.bfloat16, enabled=False)
+        self.tokenizer, self.gan, self.other = self.vq, None, None
         self.generator = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
 
 
@@ -145,7 +146,5 @@ def test_cards_that_only_emulate_bfloat16_compute_in_float32(monkeypatch, is_abl
     def is_bf16_supported(including_emulation=True):
         return is_able or including_emulation
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    # the class asks whether there is a GPU
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: (dtype, enabled))
-    assert train.precision("cuda") == (torch.bfloat16, is_able)
-    assert train.precision("cpu") == (torch.bfloat16, False)
+    assert train.computes_bfloat16("cuda") == is_able
+    assert not train.computes_bfloat16("cpu")

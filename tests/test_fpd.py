@@ -410,7 +410,7 @@ class System:
 SETTINGS = [{}, dict(estimator="soft"), dict(affinity="apart"), dict(own_pair=True),
             dict(affinity="apart", own_pair=True), dict(refine_steps=3, remask_max=1.0),
             dict(teacher_cfg=1.0), dict(per_class=8), dict(per_class=2), dict(bandwidths=(0.1,)),
-            dict(init_mask=1.0), dict(draft_temperature=0.5), dict(remask_min=0.0, remask_max=1.0)]
+            dict(init_mask=1.0), dict(temperature=0.5), dict(remask_min=0.0, remask_max=1.0)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -519,9 +519,9 @@ def test_a_step_is_in_the_papers_order_with_one_pass_of_the_teacher(passes, guid
 
 
 def test_every_setting_of_the_method_reaches_its_place():
-    """init_mask, draft_temperature, remask_min and _max, teacher_cfg, refine_steps: seen from the
+    """init_mask, temperature, remask_min and _max, teacher_cfg, refine_steps: seen from the
     networks' side."""
-    system = System(init_mask=0.5, draft_temperature=1e-6, remask_min=0.5, remask_max=0.6,
+    system = System(init_mask=0.5, temperature=1e-6, remask_min=0.5, remask_max=0.6,
                     teacher_cfg=3.0, refine_steps=2)
     system.student, system.teacher = Recorder(system.student), Recorder(system.teacher)
     system.step()

@@ -62,7 +62,8 @@ def test_smoke_run_of_scenes_leaves_everything_and_says_that_it_learnt_nothing(s
     for words in ("Nothing was learnt", "text: Words", "teacher: MaskGen"):
         assert words in done.stdout, words
     report = json.loads((run / "report.json").read_text())
-    assert [row["model"] for row in report["rows"]] == ["real", "round trip", "teacher", "student"]
+    assert [row["model"] for row in report["rows"]] == [
+        "real", "round trip", "teacher", "fixed point", "student"]
     # the scorer is exact
     assert all(report["rows"][0][tag] == 1 for tag in (*tokenizer.TAGS, "overall"))
     names = torch.load(run / "checkpoint.pt", weights_only=True)["names"]
@@ -253,7 +254,8 @@ def test_the_table_of_scenes(scenes, monkeypatch):
     assert all(tag in done.stdout for tag in (*tokenizer.TAGS, "overall", "student"))
     report = json.loads((folder / "other/runs/scenes-smoke/report.json").read_text())
     rows = [(row["model"], row["steps"]) for row in report["rows"]]
-    assert rows == [("real", None), ("round trip", None), ("teacher", 2), ("student", 1)]
+    assert rows == [("real", None), ("round trip", None), ("teacher", 2),
+                    ("fixed point", None), ("student", 1)]
     for row in report["rows"]:
         assert row["overall"] == pytest.approx(np.mean([row[tag] for tag in tokenizer.TAGS]))
         assert 0 <= row["overall"] <= 1
