@@ -685,6 +685,28 @@ def prepare(cfg, device):
     return prepared.parts
 
 
+def prepared_before(cfg, folder, device):
+    """--resume: the same as `prepare`, from the run's checkpoint, whatever became of the files.
+
+    ValueError where an own folder of images has other classes by now
+    """
+    content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    parts = types.SimpleNamespace(names=content["names"], text=None, captions=None,
+                                  files={}, saved=content["parts"])
+    for part, saved in parts.saved.items():
+        parts.files[part] = f"{folder}/checkpoint.pt"
+        setattr(parts, part, sample.load_part(saved, device, f"{part} of {parts.files[part]}"))
+    if cfg.dataset == "scenes":
+        parts.captions = tok.world_captions(cfg, "train")
+    elif cfg.dataset == "laion":
+        parts.captions = sample.CAPTIONS
+    elif cfg.dataset == "folder" and tok.world_names(cfg) != parts.names:
+        raise ValueError(f"--resume: --data {cfg.data} has other classes than {folder} was made "
+                         "with")
+    sample.set_text(parts.text, parts.teacher)
+    return parts
+
+
 def add_trained(prepared, cfg, device):
     """A small world: images -> tokenizer -> teacher (Eq. 2), and images -> Phi, judge."""
     parts, add = prepared.parts, prepared.add
@@ -983,13 +1005,14 @@ def sample_sheet(run, step):
         images = sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed)
         rows.append((title, images))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sample.sheet(rows, captions).save(path)
+    sample.write_whole(path, sample.sheet(rows, captions).save)
     animate(run.folder)
 
 
 def animate(folder, most=40, width=960):
     """samples.gif of the sheets in samples/: `most` at most, evenly chosen, no wider than this."""
-    files, frames = sorted((folder / "samples").glob("*.png")), []
+    files, frames = (folder / "samples").glob("*.png"), []
+    files = sorted((file for file in files if file.stem.isdecimal()), key=lambda f: int(f.stem))
     n = min(most, len(files))
     for i in range(n):
         # the first and the last are always shown
@@ -1244,6 +1267,9 @@ def locked(path, busy, wait=False):
                 raise ValueError(busy) from None
             print(busy, flush=True)
             fcntl.flock(place, fcntl.LOCK_EX)
+        except OSError:
+            # a file system without locks, as without fcntl
+            pass
         yield
     finally:
         os.close(place)
@@ -1362,6 +1388,11 @@ def load_state(run):
     if len(states) != run.n_ranks:
         raise ValueError(f"--resume: {folder} ran in {len(states)} processes, which cannot become "
                          f"{run.n_ranks}: each has its own random numbers")
+    for part, had in saved["parts"].items():
+        for key in ("made_from", "sha256"):
+            if had.get(key) != run.parts.saved[part].get(key):
+                raise ValueError(f"--resume: {folder} was made with another {part} than "
+                                 f"{run.parts.files[part]}")
     for network, part in ((run.student, "student"), (run.ema, "ema")):
         sample.fill(network, saved[part], f"{part} of {folder}/checkpoint.pt")
     run.opt.load_state_dict(saved["opt"])
@@ -1743,7 +1774,10 @@ def whole_run(cfg, folder, device):
     if rank:
         # rank 0 prepares, the others find it done
         any_of_all(False)
-    parts = prepare(cfg, device)
+    if cfg.resume and (cfg.smoke or cfg.dataset not in sample.OFFICIAL):
+        parts = prepared_before(cfg, folder, device)
+    else:
+        parts = prepare(cfg, device)
     if not rank:
         any_of_all(False)
     for part, path in parts.files.items():

@@ -87,6 +87,36 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(smoke, number, c
     assert saved["step"] == json.loads(log.read_text().splitlines()[-1])["step"]
 
 
+def test_resume_needs_no_prepared_files(smoke, no_pictures):
+    """They are in the checkpoint; made anew by other code, they would be others."""
+    folder, _ = smoke
+    runs, away = folder / "runs", folder / "away"
+    assert in_process("train.py --smoke --steps 2 --name alone", folder).returncode == 0
+    (runs / "prepared").rename(away)
+    try:
+        done = in_process("train.py --resume --name alone --steps 4", folder)
+        assert done.returncode == 0 and not (runs / "prepared").exists(), done.stderr[-2000:]
+        assert "teacher: MaskGIT, 0.9 M parameters, runs/alone/checkpoint.pt" in done.stdout
+    finally:
+        away.rename(runs / "prepared")
+    whole, alone = (torch.load(runs / name / "checkpoint.pt", weights_only=True)
+                    for name in ("shapes-smoke", "alone"))
+    assert all(torch.equal(whole["ema"][key], alone["ema"][key]) for key in whole["ema"])
+    assert whole["parts"].keys() == alone["parts"].keys() == {"tokenizer", "phi", "judge",
+                                                             "teacher"}
+
+
+def test_resume_is_not_with_another_part(smoke, monkeypatch):
+    """As when an ablation goes on over parts that were made anew."""
+    folder, _ = smoke
+    monkeypatch.chdir(folder)
+    parts = train.prepared_before(train.Config(), folder / "runs/shapes-smoke", "cpu")
+    parts.saved["phi"]["made_from"] = "something else"
+    cfg = train.parse("--resume --name shapes-smoke --steps 5".split())
+    with pytest.raises(ValueError, match="was made with another phi than .*checkpoint.pt"):
+        train.distil(cfg, parts, folder / "runs/shapes-smoke", "cpu")
+
+
 def test_sample_by_number_and_by_name_is_the_same_picture(smoke):
     folder, _ = smoke
     for out, label in (("number.png", "1"), ("name.png", "red square")):
@@ -151,6 +181,8 @@ def test_own_images_in_folders_train_too(tmp_path, monkeypatch):
     (tmp_path / "data" / "2").rename(tmp_path / "data" / "zwei")
     done = in_process("train.py --dataset folder --data data --smoke", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    refused(in_process("train.py --resume --name folder-smoke --steps 5", tmp_path),
+            "--data data has other classes than runs/folder-smoke was made with")
     after = {path.name for path in (tmp_path / "runs/prepared").iterdir()}
     assert len(before) == 4 and before < after and len(after) == 8
 
@@ -188,6 +220,9 @@ def test_a_strip_of_many_sheets_has_the_first_and_the_last(tmp_path):
     for step in range(100):
         grey = (2 * step,) * 3
         Image.new("RGB", (200, 90), grey).save(tmp_path / "samples" / f"{step:06d}.png")
+    # what a kill leaves, and somebody's own file
+    for name in (".000100.png", "mine.png"):
+        (tmp_path / "samples" / name).write_bytes(b"half a picture")
     train.animate(tmp_path, most=7, width=100)
     with Image.open(tmp_path / "samples.gif") as strip:
         assert strip.n_frames == 7 and strip.size == (100, 45)
