@@ -512,7 +512,9 @@ class TextEncoder(nn.Module):
         "no condition". See `cut_captions`."""
         check_captions(captions)
         ids = self.tokenizer(captions)                                  # (B, 77)
-        return self.states(ids.to(self.tower.positional_embedding.device))
+        device = self.tower.positional_embedding.device
+        # without a wait for what the GPU has still to do
+        return self.states(ids.to(device, non_blocking=True))
 
     def cut_captions(self, captions):
         """Which captions are longer than the tower reads, 75 tokens, and what is lost
