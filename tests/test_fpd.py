@@ -637,3 +637,24 @@ def test_refinement_in_several_passes_keeps_what_is_visible_and_hides_fewer_each
     assert torch.equal(hidden, (share[:, None] * is_masked.sum(1)).round().long())
     for earlier, later in zip(teacher.seen, teacher.seen[1:]):
         assert (later[earlier != K] != K).all()
+
+
+def test_a_decoder_in_bfloat16_is_as_near_to_float32_as_autocast_is():
+    """On a GPU the decoder's weights are bfloat16, and autocast is off within it: pictures and
+    gradients come no farther from float32 than with float32 weights under autocast."""
+    def decoded(dtype, is_lifted, autocast):
+        system = System()
+        system.vq.to(dtype)
+        e = torch.randn(2, L, 4, generator=gen(), requires_grad=True)
+        decode = system.lift.decode if is_lifted else system.vq.decode
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            images = decode(e, system.c[:2])
+        images.float().pow(2).sum().backward()
+        return images.detach().float(), e.grad, images.dtype
+
+    image, gradient, _ = decoded(torch.float32, True, False)
+    image_autocast, gradient_autocast, _ = decoded(torch.float32, False, True)
+    image_bf16, gradient_bf16, dtype = decoded(torch.bfloat16, True, True)
+    assert dtype == torch.bfloat16
+    assert (image_bf16 - image).norm() < 2 * (image_autocast - image).norm()
+    assert (gradient_bf16 - gradient).norm() < 2 * (gradient_autocast - gradient).norm()
