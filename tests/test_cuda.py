@@ -135,6 +135,8 @@ def pretend():
     for name in ("rand", "randint", "randperm"):
         setattr(torch, name, without_generator(getattr(torch, name)))
     F.scaled_dot_product_attention = attention
+    # its kernel is unknown to the fake tensors of torch 2.9
+    torch.backends.mha.set_fastpath_enabled(False)
     # torch's own draws again until every value is within bounds: for ever, where there is none
     torch.nn.init.trunc_normal_ = lambda tensor, *args, **kwargs: tensor
     torch.nn.Module.to = moved
