@@ -9,7 +9,8 @@ z_init --student--> logits --sample--> draft z_hat --hide a share r--> z_masked 
 
 The student is right when its drafts have the distribution of their own refinements, for every r:
 a fixed point (Eq. 3). `fpd_step` is one step towards it; `fixed_point` goes there by itself.
-A reader of the paper can stop where the comparison methods, Di[M]O and SDTT, begin.
+With `fpd_step` the method is complete. Below it: the teachers' own samplers, the optional GAN, and,
+for comparison, Di[M]O and SDTT.
 
     B drafts   L tokens each   K codes (mask id = K)   d code width  c condition   E (K, d) codebook
     r share of hidden positions   is_masked (B, L) bool, True = hidden   guidance s: u + s (c - u)
@@ -123,62 +124,6 @@ def guided_logits(model, z, c, s, **kind):
 def log_probability(logits, z):
     """Of the tokens z (B, L) under softmax(logits (B, L, K)): how sure the teacher is. -> (B, L)"""
     return logits.log_softmax(-1).gather(-1, z[..., None])[..., 0]
-
-
-def check_steps(steps, L):
-    if not 1 <= steps <= L:
-        raise ValueError(f"steps must be between 1 and the {L} tokens of an image, got {steps}")
-
-
-def reveal_counts(L, steps, schedule="arccos"):
-    """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
-
-    At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have
-    nothing left to do (0).
-    """
-    check_steps(steps, L)
-    if steps == 1:
-        return [L]                                                  # official: a division by zero
-    v = mask_ratio(torch.linspace(1, 0, steps), schedule)
-    counts = (v / v.sum() * L).round().clamp(min=1).long()
-    counts[-1] += L - counts.sum()
-    # the table overshoots with many steps, and the sampler stops early
-    total = counts.cumsum(0).clamp(max=L)
-    return total.diff(prepend=total.new_zeros(1)).tolist()
-
-
-@torch.no_grad()
-def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos",
-           replay=None):
-    """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
-
-    teacher      any of our MaskGIT; c (B,) labels
-    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step, so
-                 a single step has none
-    temperature  divides the logits before a token is drawn
-    noise        Gumbel noise on the confidence, falls linearly to 0
-    replay       tests: [(tokens (B, L), gumbel (B, L)), ...] per step, recorded over K + 1 columns,
-                 in place of the draws
-    returns      z (B, L), codes only
-    """
-    B, L, K = len(c), teacher.L, teacher.K
-    z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
-    is_fixed = torch.zeros_like(z, dtype=torch.bool)
-    for i, count in enumerate(reveal_counts(L, steps, schedule)):
-        ramp = i / max(1, steps - 1)
-        logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp, mask_column=replay is not None)
-        logits = logits / temperature                               # (B, L, K)
-        if replay is None:
-            tokens = draw(logits, 1.0, generator)                   # (B, L)
-            g = gumbel((B, L), generator, c.device)
-        else:
-            tokens, g = replay[i]
-        confidence = log_probability(logits, tokens) + noise * (1 - ramp) * g
-        confidence = confidence.masked_fill(is_fixed, -math.inf)    # what is fixed stays fixed
-        chosen = confidence.topk(count, dim=1).indices              # (B, count)
-        z = z.scatter(1, chosen, tokens.gather(1, chosen))
-        is_fixed = is_fixed.scatter(1, chosen, True)
-    return z.clamp(max=K - 1)                                       # only a replay can hold K
 
 
 # ---------------------------------------------------------------- the fixed point (Sec. 3.2)
@@ -395,7 +340,65 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     return loss, logs, images
 
 
-# ---------------------------------------------------------------- MaskGen's sampler (Sec. 3.1)
+# ---------------------------------------------------------------- T-step samplers (Sec. 3.1)
+# The teachers as their authors sample them: what one step is compared with. No training step of FPD
+# needs them.
+def check_steps(steps, L):
+    if not 1 <= steps <= L:
+        raise ValueError(f"steps must be between 1 and the {L} tokens of an image, got {steps}")
+
+
+def reveal_counts(L, steps, schedule="arccos"):
+    """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
+
+    At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have
+    nothing left to do (0).
+    """
+    check_steps(steps, L)
+    if steps == 1:
+        return [L]                                                  # official: a division by zero
+    v = mask_ratio(torch.linspace(1, 0, steps), schedule)
+    counts = (v / v.sum() * L).round().clamp(min=1).long()
+    counts[-1] += L - counts.sum()
+    # the table overshoots with many steps, and the sampler stops early
+    total = counts.cumsum(0).clamp(max=L)
+    return total.diff(prepend=total.new_zeros(1)).tolist()
+
+
+@torch.no_grad()
+def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos",
+           replay=None):
+    """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
+
+    teacher      any of our MaskGIT; c (B,) labels
+    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step, so
+                 a single step has none
+    temperature  divides the logits before a token is drawn
+    noise        Gumbel noise on the confidence, falls linearly to 0
+    replay       tests: [(tokens (B, L), gumbel (B, L)), ...] per step, recorded over K + 1 columns,
+                 in place of the draws
+    returns      z (B, L), codes only
+    """
+    B, L, K = len(c), teacher.L, teacher.K
+    z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
+    is_fixed = torch.zeros_like(z, dtype=torch.bool)
+    for i, count in enumerate(reveal_counts(L, steps, schedule)):
+        ramp = i / max(1, steps - 1)
+        logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp, mask_column=replay is not None)
+        logits = logits / temperature                               # (B, L, K)
+        if replay is None:
+            tokens = draw(logits, 1.0, generator)                   # (B, L)
+            g = gumbel((B, L), generator, c.device)
+        else:
+            tokens, g = replay[i]
+        confidence = log_probability(logits, tokens) + noise * (1 - ramp) * g
+        confidence = confidence.masked_fill(is_fixed, -math.inf)    # what is fixed stays fixed
+        chosen = confidence.topk(count, dim=1).indices              # (B, count)
+        z = z.scatter(1, chosen, tokens.gather(1, chosen))
+        is_fixed = is_fixed.scatter(1, chosen, True)
+    return z.clamp(max=K - 1)                                       # only a replay can hold K
+
+
 def remask_counts(L, steps):
     """How many of L tokens the official MaskGen sampler hides again after each step.
 
