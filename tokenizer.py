@@ -494,7 +494,7 @@ def read_images(files, stamps, size):
     """
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     # closed before an error is printed: on a line of its own
-    with tqdm(files, "reading images", leave=False, delay=1) as bar:
+    with tqdm(files, "reading images", leave=False) as bar:
         for i, file in enumerate(bar):
             images[i] = read_image(file, size)
     return images

@@ -331,9 +331,9 @@ def test_a_name_belongs_to_the_run_that_chose_it(tmp_path, monkeypatch):
                     pass
         with train.own_folder(cfg):
             pass
-    # nothing was saved: no name is taken
-    assert not list(Path("runs").iterdir())
-    Path("runs/a").mkdir()
+    # nothing was saved: no name is taken, and there are no runs
+    assert not Path("runs").exists()
+    Path("runs/a").mkdir(parents=True)
     Path("runs/a/checkpoint.pt").touch()
     with train.own_folder(train.Config(name="a", resume=True)):
         with pytest.raises(ValueError, match="belongs to a run that is under way"):
