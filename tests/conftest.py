@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import types
 import zlib
 from collections import OrderedDict
@@ -79,6 +80,20 @@ def in_process(line, cwd):
         except SystemExit as stop:
             code = stop.code
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def stopped_in_its_loop(process, log, number):
+    """Send a signal to a run as soon as its log has a row. -> what it said until it ended (stdout,
+    stderr)"""
+    try:
+        for _ in range(1200):
+            if log.exists() and log.stat().st_size or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        return process.communicate(timeout=100)
+    finally:
+        process.kill()
 
 
 def refused(done, *words, lines=1):

@@ -4,14 +4,14 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, command_line, in_process, own_copy, refused
+from conftest import (command, command_line, in_process, own_copy, refused,
+                      stopped_in_its_loop)
 from PIL import Image
 
 import evaluate
@@ -73,15 +73,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(smoke, number, c
     line = f"train.py --smoke --steps 1000 --sample-every 2000 --save-every 1000 --name {name}"
     process = subprocess.Popen(command_line(line), cwd=folder, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
-    try:
-        for _ in range(600):
-            if log.exists() and log.stat().st_size:
-                break
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    out, _ = stopped_in_its_loop(process, log, number)
     assert process.returncode == code and f"train.py --resume --name {name}" in out
     saved = torch.load(log.parent / "checkpoint.pt", weights_only=True)
     assert saved["step"] == json.loads(log.read_text().splitlines()[-1])["step"]

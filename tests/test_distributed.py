@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -201,15 +200,7 @@ def test_torchrun_that_is_stopped_saves(tmp_path, number):
     process = launched(SMOKE + " --steps 100000 --sample-every 200000 --save-every 200000",
                        tmp_path)
     log = tmp_path / "runs" / "imagenet-smoke" / "log.jsonl"
-    try:
-        for _ in range(1200):
-            if log.exists() and log.stat().st_size or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
+    out, errors = conftest.stopped_in_its_loop(process, log, number)
     assert "Go on with: python train.py --resume --name imagenet-smoke" in out, errors[-3000:]
     rows = log.read_text().splitlines()
     assert saved("imagenet-smoke", tmp_path / "runs")["step"] == len(rows) > 0
