@@ -813,8 +813,10 @@ def ablation_table(content):
     smoke = ", smoke: nothing was learnt" if protocol["smoke"] else ""
     head = (f"{protocol['dataset']}{smoke}: {protocol['images']} images a row, seed 0; mean "
             f"(smallest to largest) of {protocol['seeds']} students, {protocol['base']['steps']} "
-            "steps each; paper: its GenEval score, overall")
-    columns = text_table(rows, "table", "row", first, *others, "seconds_per_step", "paper")
+            "steps each, SDTT fewer; teacher_passes: of its network, for each image of a batch; "
+            "paper: its GenEval score, overall")
+    columns = text_table(rows, "table", "row", first, *others, "seconds_per_step",
+                         "teacher_passes", "paper")
     return f"{head}\n{columns}"
 
 

@@ -1038,8 +1038,10 @@ def fit_to_card(run):
     c = draw_condition(run.parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     parts = types.SimpleNamespace(**{**vars(run.parts), "tokenizer": run.tokenizer})
 
+    fixed, lifted = memory(run.student, parts, cfg, run.half, c, run.gan)
+
     def estimate(chunk):
-        return memory(run.student, parts, with_chunk(cfg, chunk), run.half, c, run.gan)
+        return fixed + lifted * (cfg.batch if chunk is None else min(chunk, cfg.batch))
     # what torch holds already is a part of the estimate
     free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
     chunk, who = cfg.lift_chunk, "as asked for"
@@ -1051,10 +1053,6 @@ def fit_to_card(run):
     if needed > free:
         print(f"this may be too much: less with a smaller --batch than {cfg.batch}"
               + (", or --lift-chunk 1" if chunk != 1 else ""))
-    return with_chunk(cfg, chunk)
-
-
-def with_chunk(cfg, chunk):
     return dataclasses.replace(cfg, lift_chunk=chunk)
 
 
@@ -1073,8 +1071,10 @@ def memory(student, parts, cfg, half, c, gan=None):
     It counts weights, Adam, EMA, gradients where they stay, and what the backward pass keeps:
     counted on one image and on two. Their difference is an image's share; the rest (under
     autocast, the weights once more as bfloat16) does not grow.   c: any condition of two images
+    returns   what does not depend on lift_chunk, and the share of each image that is lifted at once
     """
-    E, lift = parts.tokenizer.E, fpd.Lift(parts.tokenizer, parts.phi, with_chunk(cfg, None))
+    E = parts.tokenizer.E
+    lift = fpd.Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
     # weights, two of Adam, EMA; DistributedDataParallel's gradients stay, otherwise they are gone
     # when the graph is largest
     networks = [student] * (5 if dist.is_initialized() else 4)
@@ -1099,15 +1099,17 @@ def memory(student, parts, cfg, half, c, gan=None):
         return fpd.gan_logits(gan.discriminator, images, generator)
 
     weights = {p.untyped_storage().data_ptr() for net in networks for p in net.parameters()}
-    n_lifted = min(cfg.batch, cfg.lift_chunk or cfg.batch)
-    total = sum(p.nbytes for net in networks for p in net.parameters())
-    for forward, n in ((draft, cfg.batch), (lifted, n_lifted), (judged, cfg.batch)):
-        if forward is judged and not gan:
-            continue
+    fixed = sum(p.nbytes for net in networks for p in net.parameters())
+    for forward in (draft, lifted, judged) if gan else (draft, lifted):
         with half:
             one, two = kept(forward, 1, weights), kept(forward, 2, weights)
-        total += one + (n - 1) * (two - one)
-    return total * MARGIN / 1e9
+        an_image = two - one
+        fixed += one - an_image
+        if forward is lifted:
+            lifted_image = an_image
+        else:
+            fixed += cfg.batch * an_image
+    return fixed * MARGIN / 1e9, lifted_image * MARGIN / 1e9
 
 
 def kept(forward, B, weights):
@@ -1511,6 +1513,17 @@ def share_gradients(student, *helpers):
 
 
 # --------------------------------------------------------------------------------- ablations
+def teacher_passes(cfg):
+    """How often a run asks the teacher's network about each image of a batch; guidance: twice."""
+    guided = 1 if cfg.teacher_cfg == 1 else 2
+    if cfg.method == "sdtt":
+        # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
+        # rounds; two steps as the target in each, guided in the first
+        canvas = 8 if cfg.dataset in ("scenes", "laion") else 7
+        return cfg.steps // 4 * (3 * canvas + 2 * guided + 2 + 2 + 2)
+    return cfg.steps * guided * (cfg.refine_steps if cfg.method == "fpd" else 1)
+
+
 def ablation_runs(base, root):
     """The runs of --ablations -> {(name of the row, seed): its Config}.
 
@@ -1522,7 +1535,12 @@ def ablation_runs(base, root):
         for _, row, settings, _ in ABLATIONS:
             slug = "-".join(re.sub("[^a-z0-9 ]", "", row.lower()).split())
             name = f"{root.name}/{slug}-{seed}"
-            cfg = runs[row, seed] = dataclasses.replace(base, **settings, seed=seed, name=name)
+            cfg = dataclasses.replace(base, **settings, seed=seed, name=name)
+            if cfg.method == "sdtt":
+                # as often as FPD asks the teacher, to the nearest whole round
+                asks = teacher_passes(cfg) / teacher_passes(base)
+                cfg.steps = max(4, 4 * round(cfg.steps / asks / 4))
+            runs[row, seed] = cfg
             check(cfg)
             path = root.parent / name / "config.json"
             if not path.exists():
@@ -1580,19 +1598,21 @@ def ablation_report(base, root, runs, parts, teacher, n, device):
     """The table of all scores and, as in Fig. 3, pictures of each row's first student."""
     rows, pictures, (c, captions) = [], [], sample.shown(parts)
 
-    def add(table, row, settings, paper, scores, run, model, steps):
-        rows.append(dict(table=table, row=row, settings=settings, paper=paper, scores=scores))
+    def add(table, row, settings, paper, passes, scores, run, model, steps):
+        rows.append(dict(table=table, row=row, settings=settings, paper=paper,
+                         teacher_passes=passes, scores=scores))
         title = f"{row}  {evaluate.headline(evaluate.means(scores))}"
         images = sample.generate(model, run.tokenizer, c, run.cfg, steps, seed=0)
         pictures.append((title, images))
 
     for T, score in json.loads(teacher.read_text()).items():
-        add("", f"teacher {T}", {}, None, [score], parts, parts.teacher, int(T))
+        add("", f"teacher {T}", {}, None, None, [score], parts, parts.teacher, int(T))
     for table, row, settings, paper in ABLATIONS:
-        folders = [root.parent / cfg.name for (other, _), cfg in runs.items() if other == row]
+        of_row = [cfg for (other, _), cfg in runs.items() if other == row]
+        folders = [root.parent / cfg.name for cfg in of_row]
         scores = [json.loads((folder / "score.json").read_text()) for folder in folders]
         run = sample.load_run(folders[0], device)
-        add(table, row, settings, paper, scores, run, run.student, 0)
+        add(table, row, settings, paper, teacher_passes(of_row[0]), scores, run, run.student, 0)
     protocol = dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations,
                     device=device, torch=torch.__version__, base=dataclasses.asdict(base))
     evaluate.write_report(root, protocol, rows, evaluate.ablation_table, pictures, captions)

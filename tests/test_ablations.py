@@ -451,10 +451,10 @@ def test_mean_and_range_over_the_seeds():
     protocol = dict(dataset="shapes", smoke=False, images=960, seeds=3, base=dict(steps=300))
     content = dict(protocol=protocol, rows=[
         dict(table="", row="teacher 16", paper=None, scores=[dict(fd=3.0, recall=1.0)]),
-        dict(table="3a", row="soft", paper=0.38, scores=scores)])
+        dict(table="3a", row="soft", paper=0.38, teacher_passes=600, scores=scores)])
     _, _, teacher, soft = evaluate.ablation_table(content).split("\n")
     assert teacher.split() == ["teacher", "16", "3.00", "1.00"]
-    assert " ".join(soft.split()) == "3a soft 6.00 (4.00 to 8.00) 0.50 0.50 0.25 1.50 0.38"
+    assert " ".join(soft.split()) == "3a soft 6.00 (4.00 to 8.00) 0.50 0.50 0.25 1.50 600 0.38"
 
 
 def test_rows_of_captions_are_told_by_their_tags():

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from conftest import in_process, refused
-from test_fpd import CLASSES, Constant, K, L, Recorder, gen, tiny
+from test_fpd import CLASSES, Constant, K, L, Recorder, System, gen, tiny
 from torch import nn
 
 import fpd
@@ -197,6 +197,27 @@ def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch)
                      (2, 1, 4), (2, 1, 4), (1, 1, 6), (1, 1, 6)]
     # the last round's canvas is empty
     assert sampled == [first] * 6
+
+
+@pytest.mark.parametrize("method, passes", [("fpd", 2 * 3), ("dimo", 2), ("sdtt", 31 / 4)])
+def test_the_teachers_passes_are_counted(method, passes):
+    """Those that `train.teacher_passes` promises, for each image and step."""
+    cfg = train.Config(method=method, steps=4, refine_steps=3, batch=8, per_class=4)
+    system, seen = System(), []
+    system.teacher.register_forward_hook(lambda net, args, out: seen.append(len(args[0])))
+    if method == "sdtt":
+        sdtt = fpd.SDTT(cfg, system)
+    auxiliary = tiny(3).requires_grad_(True)
+    for step in range(1, cfg.steps + 1):
+        if method == "fpd":
+            fpd.fpd_step(system.student, system.teacher, system.lift, system.vq.E, system.c, cfg,
+                         gen())
+        elif method == "dimo":
+            fpd.dimo_step(system.student, system.teacher, auxiliary, adam(auxiliary), system.c,
+                          cfg, gen())
+        else:
+            sdtt.step(system.student, system.c, step, gen())
+    assert sum(seen) / 8 == train.teacher_passes(cfg) == passes * cfg.steps
 
 
 # ---------------------------------------------------------------- runs
