@@ -146,24 +146,26 @@ CLIP = 1.0
 MARGIN = 1.1
 # What the small worlds change: their student is 200 times smaller and trains for minutes
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, warmup=20, decay=0.7, ema=0.985, init_mask=0.95,
-             temperature=0.3, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
-             sample_every=80, save_every=50)
+             temperature=0.3, per_class=64, guidance=2.0, confidence_noise=2.0,
+             blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Scenes: there are 12,000 captions where shapes has 24 classes: more of them in a batch, a lower
 # learning rate, and no change to how text is read
 SCENES = SMALL | dict(steps=400, lr=3e-5, per_class=8, confidence_noise=0.7, freeze_text=True,
                       teacher_steps=1200)
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
              confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])       # Sec. 4.1
-# The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas
-METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6), "sdtt": dict(init_mask=1.0)}
+# The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas,
+# and neither compares drafts with each other
+METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, per_class=1),
+           "sdtt": dict(init_mask=1.0, per_class=1)}
 # ... and in the small worlds. SDTT: its last round, the one that counts, needs a learning rate;
 # without codes in z_init the sampling is its only noise, so it stays warm
-SMALL_METHODS = {"fpd": {}, "dimo": dict(temperature=1.0),
-                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0)}
+SMALL_METHODS = {"fpd": {}, "dimo": dict(temperature=1.0, per_class=1),
+                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0, per_class=1)}
 # --smoke. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are
 # the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32,
-             decay=0.0, log_every=1, sample_every=2, save_every=2)
+             per_class=16, decay=0.0, log_every=1, sample_every=2, save_every=2)
 # The rows of --ablations: the paper's table, a name, what differs from the base, the paper's
 # GenEval score (overall). Without r = 1 in 3b: there nothing of the draft is left
 ABLATIONS = [
@@ -328,9 +330,9 @@ def check_method(cfg):
     """The method's settings: those that are more than one number, or depend on each other."""
     if not cfg.bandwidths or min(cfg.bandwidths) <= 0:
         refuse(cfg, "bandwidths", "should be positive")
-    if cfg.per_class < 2:
+    if cfg.per_class < 2 and cfg.method == "fpd":
         refuse(cfg, "per_class", "should be at least 2: a draft's negatives are the other drafts")
-    if cfg.batch < 2 or cfg.batch % cfg.per_class:
+    if cfg.per_class < 1 or cfg.batch < 2 or cfg.batch % cfg.per_class:
         refuse(cfg, "batch", f"should be a multiple of --per-class {cfg.per_class}")
     if not 0 <= cfg.remask_min < cfg.remask_max <= 1:
         raise ValueError(f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: "
