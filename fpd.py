@@ -140,30 +140,14 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
 
 
 @torch.no_grad()
-def refine(teacher, z_masked, c, s, generator, passes=1, noise=0.0):
+def refine(teacher, z_masked, c, s, generator):
     """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L), guidance s.
 
     Visible tokens stay. Every hidden position is sampled, not maximised: Eq. 3 is of distributions.
-    And all are filled: the result has to be decoded.
-    passes    1 is the paper's single refinement. More (ours): after each pass but the last, the
-              least confident of the new tokens are hidden again, fewer and fewer
-    noise     Gumbel noise on that confidence, falls linearly to 0
-    returns   z_ref (B, L), codes only
+    And all are filled, in one pass: the result has to be decoded.   -> z_ref (B, L), codes only
     """
-    K, z = teacher.K, z_masked
-    n_hidden = (z_masked == K).sum(1)                               # (B,)
-    for i in range(passes):
-        logits = guided_logits(teacher, z, c, s)                    # (B, L, K)
-        tokens = draw(logits, 1.0, generator)                       # (B, L)
-        filled = torch.where(z == K, tokens, z)
-        if i == passes - 1:
-            return filled
-        g = gumbel(z.shape, generator, z.device)
-        confidence = log_probability(logits, tokens) + noise * (1 - i / (passes - 1)) * g
-        confidence = torch.where(z == K, confidence, math.inf)      # what is fixed stays fixed
-        still_hidden = mask_ratio(torch.tensor((i + 1) / passes)).item()
-        rank = confidence.argsort(1).argsort(1)                     # 0: the least confident
-        z = torch.where(rank < (n_hidden * still_hidden).round()[:, None], K, filled)
+    logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
+    return torch.where(z_masked == teacher.K, draw(logits, 1.0, generator), z_masked)
 
 
 def correct(teacher, z, c, cfg, generator):
@@ -173,8 +157,7 @@ def correct(teacher, z, c, cfg, generator):
     """
     r = sample_ratio(len(z), cfg.remask_min, cfg.remask_max, generator, z.device)
     z_masked, is_masked = remask(z, r, teacher.K, generator)        # M_r
-    z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator,  # T_phi^r
-                   cfg.refine_steps, cfg.confidence_noise)
+    z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator)    # T_phi^r
     return z_ref, is_masked
 
 
@@ -182,7 +165,7 @@ def fixed_point(teacher, z, c, cfg, generator, rounds=8):
     """Tokens z (B, L) after `rounds` of Eq. 3's operator: near its fixed point. -> (B, L)
 
     That is the distribution which the student is asked to draw. No training is needed to see it:
-    from samples of the teacher it shows in seconds what pi, guidance and passes promise.
+    from samples of the teacher it shows in seconds what pi and guidance promise.
     """
     for _ in range(rounds):
         z, _ = correct(teacher, z, c, cfg, generator)

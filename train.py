@@ -114,7 +114,6 @@ class Config:
     remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
     remask_max: float = 0.9
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
-    refine_steps: int = 1             # passes of the refinement; 1: the paper's
     space: str = "feature"            # feature | pixel: where drafts are compared (Table 4a)
     grid: int = 4                     # features are averaged to grid x grid; 1 pools (Table 4b)
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Table 4a)
@@ -281,8 +280,8 @@ def check_values(cfg):
     for name in ("ablations", "gan_weight", "warmup", "confidence_noise"):
         if getattr(cfg, name) < 0:
             refuse(cfg, name, "should not be negative")
-    for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "refine_steps",
-                 "log_every", "sample_every", "save_every"):
+    for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "log_every",
+                 "sample_every", "save_every"):
         if getattr(cfg, name) < 1:
             refuse(cfg, name, "should be at least 1")
     for name in ("temperature", "lr"):
@@ -1523,7 +1522,7 @@ def teacher_passes(cfg):
         # rounds; two steps as the target in each, guided in the first
         canvas = 8 if cfg.dataset in ("scenes", "laion") else 7
         return cfg.steps // 4 * (3 * canvas + 2 * guided + 2 + 2 + 2)
-    return cfg.steps * guided * (cfg.refine_steps if cfg.method == "fpd" else 1)
+    return cfg.steps * guided
 
 
 def ablation_runs(base, root):

@@ -145,7 +145,6 @@ WRONG = [
     ("train.py --smoke --freeze-text", "--freeze-text goes with captions"),
     ("train.py --smoke --ema 1.5", "--ema is a share"),
     ("train.py --smoke --decay -1", "--decay is a share"),
-    ("train.py --smoke --refine-steps 0", "--refine-steps should be at least 1"),
     ("train.py --smoke --draft teacher", "--draft should be one of student, random"),
     ("train.py --smoke --space token", "--space should be one of feature, pixel"),
     ("train.py --smoke --grid 0", "--grid should be between 1 and 32"),

@@ -199,10 +199,10 @@ def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch)
     assert sampled == [first] * 6
 
 
-@pytest.mark.parametrize("method, passes", [("fpd", 2 * 3), ("dimo", 2), ("sdtt", 31 / 4)])
+@pytest.mark.parametrize("method, passes", [("fpd", 2), ("dimo", 2), ("sdtt", 31 / 4)])
 def test_the_teachers_passes_are_counted(method, passes):
     """Those that `train.teacher_passes` promises, for each image and step."""
-    cfg = train.Config(method=method, steps=4, refine_steps=3, batch=8, per_class=4)
+    cfg = train.Config(method=method, steps=4, batch=8, per_class=4)
     system, seen = System(), []
     system.teacher.register_forward_hook(lambda net, args, out: seen.append(len(args[0])))
     if method == "sdtt":
@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(method, folder, monkeypatch):
     """Auxiliary, its optimiser, and the teacher of the round included."""
     monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: None)
     monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
-    line = (f"train.py --smoke --method {method} --batch 4 --per-class 2 --refine-steps 2 "
+    line = (f"train.py --smoke --method {method} --batch 4 --per-class 2 "
             f"--name {method}")
     assert in_process(line, folder).returncode == 0
     # after step 2
