@@ -342,9 +342,10 @@ def test_smoke_run_of_official_networks_with_the_gan(tmp_path):
 
 # ---------------------------------------------------------------- the table of them all
 CHANGES = {"FPD, the base": "", "soft embedding": "estimator",
-           "soft + GAN": "estimator gan_weight", "STE + GAN": "gan_weight",
-           "random draft": "draft", "pixel space": "space", "one bandwidth": "bandwidths",
-           "pooled, grid 1": "grid", "shallow blocks": "blocks", "deep blocks": "blocks"}
+           "soft + GAN": "estimator gan_weight per_class", "STE + GAN": "gan_weight per_class",
+           "4 classes of 16 drafts": "per_class", "random draft": "draft",
+           "pixel space": "space", "one bandwidth": "bandwidths", "pooled, grid 1": "grid",
+           "shallow blocks": "blocks", "deep blocks": "blocks"}
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "scenes"])
@@ -357,9 +358,12 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path):
         assert cfg.seed == seed and cfg.name.startswith("all/") and cfg.name.endswith(f"-{seed}")
         alike = dataclasses.replace(cfg, seed=0, name="")
         if cfg.method != "fpd":
-            # with settings of its own, as when it runs alone
-            line = f"--dataset {dataset} --ablations 2 --method {cfg.method}"
+            # with settings of its own, as when it runs alone, but for the steps: it gets as many of
+            # the teacher's passes as the base
+            line = f"--dataset {dataset} --ablations 2 --method {cfg.method} --steps {cfg.steps}"
             assert alike == train.parse(line.split())
+            passes = train.teacher_passes(cfg) / train.teacher_passes(base)
+            assert passes == pytest.approx(1, rel=0.03)
         else:
             changed = {key for key, value in vars(base).items() if vars(alike)[key] != value}
             assert changed == set(CHANGES[row].split())
@@ -382,7 +386,7 @@ def ablations(tmp_path_factory):
             return step(*args, **kwargs)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fpd, "fpd_step", counted)
-            patch.setattr(train, "ABLATIONS", [train.ABLATIONS[i] for i in (0, 3, 4)])
+            patch.setattr(train, "ABLATIONS", [train.ABLATIONS[i] for i in (0, 3, 5)])
             line = "train.py --smoke --ablations 1 --steps 2 --sample-every 9" + more
             return in_process(line, folder), len(calls)
     stopped, finished = run(stop_at=3), run()
