@@ -143,7 +143,8 @@ CLIP = 1.0
 # kernel by kernel without a GPU, ImageNet at batch 32 needs 41.0, 25.0, 17.6, 13.9 GB with
 # lift_chunk None, 16, 8, 4; `memory` without this margin says 40.8, 25.5, 17.9, 14.1
 MARGIN = 1.1
-# What the small worlds change: their student is 200 times smaller and trains for minutes
+# What the small worlds change: their student is 200 times smaller and trains for minutes. All
+# drafts of a step are of one class, so that each has neighbours to learn from
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, warmup=20, decay=0.7, ema=0.985, init_mask=0.95,
              temperature=0.3, per_class=64, guidance=2.0, confidence_noise=2.0,
              blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
