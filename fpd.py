@@ -121,11 +121,6 @@ def guided_logits(model, z, c, s, **kind):
     return uncond + s * (cond - uncond)
 
 
-def log_probability(logits, z):
-    """Of the tokens z (B, L) under softmax(logits (B, L, K)): how sure the teacher is. -> (B, L)"""
-    return logits.log_softmax(-1).gather(-1, z[..., None])[..., 0]
-
-
 # ---------------------------------------------------------------- the fixed point (Sec. 3.2)
 def init_tokens(B, L, K, r_init, generator, device="cpu"):
     """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes. -> (B, L)
@@ -346,6 +341,11 @@ def reveal_counts(L, steps, schedule="arccos"):
     # the table overshoots with many steps, and the sampler stops early
     total = counts.cumsum(0).clamp(max=L)
     return total.diff(prepend=total.new_zeros(1)).tolist()
+
+
+def log_probability(logits, z):
+    """Of the tokens z (B, L) under softmax(logits (B, L, K)): how sure the teacher is. -> (B, L)"""
+    return logits.log_softmax(-1).gather(-1, z[..., None])[..., 0]
 
 
 @torch.no_grad()

@@ -284,7 +284,7 @@ def check_values(cfg):
         if getattr(cfg, name) < 0:
             refuse(cfg, name, "should not be negative")
     for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "log_every",
-                 "sample_every", "save_every"):
+                 "sample_every", "save_every", "per_class"):
         if getattr(cfg, name) < 1:
             refuse(cfg, name, "should be at least 1")
     for name in ("temperature", "lr"):
@@ -334,7 +334,7 @@ def check_method(cfg):
         refuse(cfg, "bandwidths", "should be positive")
     if cfg.per_class < 2 and cfg.method == "fpd":
         refuse(cfg, "per_class", "should be at least 2: a draft's negatives are the other drafts")
-    if cfg.per_class < 1 or cfg.batch < 2 or cfg.batch % cfg.per_class:
+    if cfg.batch < 2 or cfg.batch % cfg.per_class:
         refuse(cfg, "batch", f"should be a multiple of --per-class {cfg.per_class}")
     if not 0 <= cfg.remask_min < cfg.remask_max <= 1:
         raise ValueError(f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: "
@@ -1042,10 +1042,7 @@ def fit_to_card(run):
     c = draw_condition(run.parts, cfg, torch.Generator(device).manual_seed(0)).to(device)
     parts = types.SimpleNamespace(**{**vars(run.parts), "tokenizer": run.tokenizer})
 
-    fixed, lifted = memory(run.student, parts, cfg, run.half, c, run.gan)
-
-    def estimate(chunk):
-        return fixed + lifted * (cfg.batch if chunk is None else min(chunk, cfg.batch))
+    estimate = memory(run.student, parts, cfg, run.half, c, run.gan)
     # what torch holds already is a part of the estimate
     free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
     chunk, who = cfg.lift_chunk, "as asked for"
@@ -1070,12 +1067,12 @@ def choose_chunk(batch, free, estimate):
 
 
 def memory(student, parts, cfg, half, c, gan=None):
-    """Gigabytes that the distillation should need: an estimate, made on this device.
+    """Gigabytes that the distillation should need: an estimate, made on this device, as a function
+    of lift_chunk (None: all images at once). Nothing is counted again for another one.
 
     It counts weights, Adam, EMA, gradients where they stay, and what the backward pass keeps:
     counted on one image and on two. Their difference is an image's share; the rest (under
     autocast, the weights once more as bfloat16) does not grow.   c: any condition of two images
-    returns   what does not depend on lift_chunk, and the share of each image that is lifted at once
     """
     E = parts.tokenizer.E
     lift = fpd.Lift(parts.tokenizer, parts.phi, dataclasses.replace(cfg, lift_chunk=None))
@@ -1113,7 +1110,11 @@ def memory(student, parts, cfg, half, c, gan=None):
             lifted_image = an_image
         else:
             fixed += cfg.batch * an_image
-    return fixed * MARGIN / 1e9, lifted_image * MARGIN / 1e9
+
+    def estimate(chunk):
+        n_lifted = min(cfg.batch, chunk or cfg.batch)
+        return (fixed + n_lifted * lifted_image) * MARGIN / 1e9
+    return estimate
 
 
 def kept(forward, B, weights):
@@ -1524,7 +1525,7 @@ def teacher_passes(cfg):
         # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
         # rounds; two steps as the target in each, guided in the first
         canvas = 8 if cfg.dataset in ("scenes", "laion") else 7
-        return cfg.steps // 4 * (3 * canvas + 2 * guided + 2 + 2 + 2)
+        return round(cfg.steps * (3 * canvas + 2 * guided + 2 + 2 + 2) / 4)
     return cfg.steps * guided
 
 
@@ -1541,9 +1542,9 @@ def ablation_runs(base, root):
             name = f"{root.name}/{slug}-{seed}"
             cfg = dataclasses.replace(base, **settings, seed=seed, name=name)
             if cfg.method == "sdtt":
-                # as often as FPD asks the teacher, to the nearest whole round
-                asks = teacher_passes(cfg) / teacher_passes(base)
-                cfg.steps = max(4, 4 * round(cfg.steps / asks / 4))
+                # it asks the teacher as often as the base does, in four rounds of equal length
+                steps = cfg.steps * teacher_passes(base) / teacher_passes(cfg)
+                cfg.steps = max(4, 4 * round(steps / 4))
             runs[row, seed] = cfg
             check(cfg)
             path = root.parent / name / "config.json"

@@ -370,6 +370,11 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path):
     assert {row for row, _ in runs} == CHANGES.keys() | {"Di[M]O", "SDTT"}
 
 
+def test_sdtt_has_its_four_rounds_however_few_the_steps_of_the_base_are(tmp_path):
+    base = train.parse(["--smoke", "--ablations", "1", "--steps", "1"])
+    assert train.ablation_runs(base, tmp_path / "all")["SDTT", 0].steps == 4
+
+
 @pytest.fixture(scope="module")
 def ablations(tmp_path_factory):
     """-> a function that runs three rows of two steps -> what it said, how many steps it made; and

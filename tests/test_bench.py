@@ -118,16 +118,16 @@ def test_the_discriminator_and_kept_gradients_take_memory(monkeypatch):
     run = OfCard()
     run.vq.image_size = 16
     c = torch.zeros(2, dtype=torch.long)
-    estimate, _ = train.memory(run.student, run.parts, run.cfg, run.half, c)
+    estimate = train.memory(run.student, run.parts, run.cfg, run.half, c)(None)
     discriminator = train.fpd.Discriminator({"phi": run.phi}, 16, width=16)
     gan = types.SimpleNamespace(discriminator=discriminator)
     state = {key: x.clone() for key, x in discriminator.state_dict().items()}
-    more = train.memory(run.student, run.parts, run.cfg, run.half, c, gan)[0] - estimate
+    more = train.memory(run.student, run.parts, run.cfg, run.half, c, gan)(None) - estimate
     assert more > sum(p.nbytes for p in discriminator.parameters()) / 1e9
     assert all(torch.equal(x, state[key]) for key, x in discriminator.state_dict().items())
     # of several processes, the student's gradients stay
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    more = train.memory(run.student, run.parts, run.cfg, run.half, c)[0] - estimate
+    more = train.memory(run.student, run.parts, run.cfg, run.half, c)(None) - estimate
     weights = sum(p.nbytes for p in run.student.parameters())
     assert more == pytest.approx(train.MARGIN * weights / 1e9)
 

@@ -101,17 +101,16 @@ def test_the_estimate_of_memory_counts_weights_and_images():
     parts = train.types.SimpleNamespace(tokenizer=vq, phi=phi, teacher=teacher, text=None)
     student = models.MaskGIT(num_classes=1000)
 
-    def estimate(**change):
+    def estimate(lift_chunk=None, **change):
         changed = train.dataclasses.replace(cfg, **change)
-        fixed, lifted = train.memory(student, parts, changed, half, torch.tensor([207, 88]))
-        return fixed + lifted * changed.batch
+        return train.memory(student, parts, changed, half, torch.tensor([207, 88]))(lift_chunk)
     weights = sum(p.numel() * 4 for network in [student] * 5 + [vq, phi, teacher]
                   for p in network.parameters()) / 1e9
     assert weights < estimate() < estimate(batch=8)
     of_six = estimate(batch=8) - estimate()
     assert estimate(batch=14) - estimate(batch=8) == pytest.approx(of_six, rel=1e-6)
-    # what is lifted at a time is the caller's choice
     assert estimate(lift_chunk=2) == estimate()
+    assert estimate(batch=8, lift_chunk=2) < estimate(batch=8)
     # any text encoder: its weights count, too
     without, parts.text = estimate(), torch.nn.Linear(999, 1000)
     assert estimate() - without == pytest.approx(train.MARGIN * 4e6 / 1e9, rel=1e-6)

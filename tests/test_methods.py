@@ -232,8 +232,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(method, folder, monkeypatch):
     """Auxiliary, its optimiser, and the teacher of the round included."""
     monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: None)
     monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
-    line = (f"train.py --smoke --method {method} --batch 4 --per-class 2 "
-            f"--name {method}")
+    line = f"train.py --smoke --method {method} --batch 4 --per-class 2 --name {method}"
     assert in_process(line, folder).returncode == 0
     # after step 2
     def interrupt(run, step):
