@@ -379,8 +379,43 @@ def check_files(cfg):
 
 
 # --------------------------------------------------------------------------------- preparation
+class Muon(torch.optim.Optimizer):
+    """Steps along matrices with equal singular values (Jordan et al. 2024), in float32.
+
+    torch.optim.Muon does the same in bfloat16, which most CPUs only emulate: there the teacher's
+    four minutes would be half an hour.
+    """
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                state["mean"].lerp_(p.grad, 1 - momentum)
+                direction = orthogonalised(p.grad.lerp(state["mean"], momentum))
+                p.mul_(1 - lr * group["weight_decay"])
+                # as large as a step of AdamW
+                p.sub_(direction, alpha=0.2 * math.sqrt(max(p.shape)) * lr)
+
+
+def orthogonalised(G):
+    """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular values
+    to 0.7 ... 1.2."""
+    X = G.T if len(G) > G.shape[1] else G
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = X @ X.T
+        X = 3.4445 * X + (2.0315 * gram @ gram - 4.7750 * gram) @ X
+    return X.T if len(G) > G.shape[1] else X
+
+
 class Training:
-    """The short training of one part: AdamW, Muon (Jordan et al. 2024) for some of its matrices.
+    """The short training of one part: AdamW, Muon for some of its matrices.
 
     The learning rate has one cycle. Every `save_every` steps, and when a signal asks to stop, all
     that changes is saved in `file`: the same command goes on from there, to the same result.
@@ -402,9 +437,7 @@ class Training:
         self.opts = [torch.optim.AdamW(of_adam, lr=lr, betas=(0.9, 0.95),
                                        weight_decay=weight_decay)]
         if matrices:
-            # with this adjustment a step is as large as AdamW's would be; here twice that
-            self.opts.append(torch.optim.Muon(matrices, lr=2 * lr, weight_decay=weight_decay,
-                                              adjust_lr_fn="match_rms_adamw"))
+            self.opts.append(Muon(matrices, lr=2 * lr, weight_decay=weight_decay))
         # total_steps 10 would divide by 0
         total = max(n + 1, 11)
         self.scheds = [torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]["lr"],
@@ -599,8 +632,8 @@ def train_teacher(cfg, device, vq, text, training):
 # What a prepared part is made by: all of a file, or these of its functions and classes
 CODE = {"tokenizer.py": None, "models.py": None,
         "fpd.py": ("uniform", "mask_ratio", "random_order", "hide", "remask", "sample_ratio"),
-        "train.py": ("Training", "reseed_codes", "train_tokenizer", "train_classifier",
-                     "train_teacher")}
+        "train.py": ("Muon", "orthogonalised", "Training", "reseed_codes", "train_tokenizer",
+                     "train_classifier", "train_teacher")}
 
 
 @functools.cache

@@ -259,6 +259,22 @@ def test_every_weight_has_one_optimiser(tmp_path):
     assert len(adam) == len(muon) == 1 and adam[0] is net.bias and muon[0] is net.weight
 
 
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_is_torchs_in_float32(shape):
+    """Three steps beside torch.optim.Muon, whose bfloat16 differs by about one percent."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    opts = [train.Muon([ours], lr=0.1, weight_decay=0.1),
+            torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for step in range(3):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1 + step))
+        for p, opt in zip((ours, theirs), opts):
+            p.grad = gradient
+            opt.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.03 * moved
+
+
 def test_a_short_training_goes_on_to_the_same_state(tmp_path, capsys):
     whole, file = toy(tmp_path / "none"), tmp_path / "toy.partial"
     before = [signal.getsignal(number) for number in train.STOPS]
