@@ -674,7 +674,7 @@ def small_protocol(run, real, n, seed):
     """What the numbers of a small world's report depend on."""
     cfg = run.cfg
     fixed_point = (f"{ROUNDS} rounds of Eq. 3 from the teacher's samples of most steps: r from "
-                   f"{cfg.remask_min} to {cfg.remask_max}, guidance {cfg.teacher_cfg}")
+                   f"{cfg.remask[0]} to {cfg.remask[1]}, guidance {cfg.teacher_cfg}")
     protocol = dict(dataset=cfg.dataset, images=n, seed=seed, student_steps=run.step,
                     labels="in the shares of the real images", guidance=cfg.guidance,
                     confidence_noise=cfg.confidence_noise, init_mask=cfg.init_mask,

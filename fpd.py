@@ -150,7 +150,7 @@ def correct(teacher, z, c, cfg, generator):
 
     -> z_ref (B, L), is_masked (B, L)
     """
-    r = sample_ratio(len(z), cfg.remask_min, cfg.remask_max, generator, z.device)
+    r = sample_ratio(len(z), *cfg.remask, generator, z.device)
     z_masked, is_masked = remask(z, r, teacher.K, generator)        # M_r
     z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator)    # T_phi^r
     return z_ref, is_masked

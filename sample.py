@@ -481,10 +481,10 @@ def run_command(main):
         sys.exit(130)
 
 
-def check_seed(seed, flag="--seed"):
+def check_seed(seed):
     """ValueError for seeds of which `fpd.generators` would make numbers of more than 64 bits."""
     if not 0 <= seed < 2 ** 32:
-        raise ValueError(f"{flag} should be between 0 and {2 ** 32 - 1}, got {seed}")
+        raise ValueError(f"--seed should be between 0 and {2 ** 32 - 1}, got {seed}")
 
 
 def model_arguments(parser):

@@ -90,8 +90,7 @@ class Config:
     bench: bool = False               # times sampling and a step, by parts, in place of a run
     ablations: int = 0                # seeds for each row of ABLATIONS; 0: a single run
     seed: int = 0                     # of the distillation, its samples and its report
-    # preparation of the small worlds
-    prepare_seed: int = 0             # runs with other --seed share what was prepared
+    # preparation of the small worlds: once, shared by all seeds
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
     teacher_steps: int = 1400         # MaskGIT, batch 64
@@ -111,8 +110,7 @@ class Config:
     init_mask: float = 0.9            # r_init of Sec. 3.2; stored with the student
     temperature: float = 1.0          # of Eq. 4, in training and after it
     draft: str = "student"            # student | random: what is refined (Table 3b)
-    remask_min: float = 0.1           # pi of Eq. 5: arccos(u) 2/pi between these two
-    remask_max: float = 0.9
+    remask: tuple = (0.1, 0.9)        # pi of Eq. 5: arccos(u) 2/pi between these two shares
     teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
     space: str = "feature"            # feature | pixel: where drafts are compared (Table 4a)
     grid: int = 4                     # features are averaged to grid x grid; 1 pools (Table 4b)
@@ -127,7 +125,6 @@ class Config:
     steps: int = 100_000
     batch: int = 32                   # of each process: N GPUs see N times as many drafts
     lr: float = 1e-5
-    warmup: int = 100
     decay: float = 0.0                # last share of the steps in which lr falls to 0
     ema: float = 0.9999
     lift_chunk: int = None            # images lifted at a time: less memory, same gradient
@@ -139,13 +136,15 @@ class Config:
 
 # Of the student's gradient: its norm is cut at this
 CLIP = 1.0
+# Steps in which the student's learning rate rises
+WARMUP = 20
 # What an estimate of GPU memory is multiplied with, for what is allocated and not used. Counted
 # kernel by kernel without a GPU, ImageNet at batch 32 needs 41.0, 25.0, 17.6, 13.9 GB with
 # lift_chunk None, 16, 8, 4; `memory` without this margin says 40.8, 25.5, 17.9, 14.1
 MARGIN = 1.1
 # What the small worlds change: their student is 200 times smaller and trains for minutes. All
 # drafts of a step are of one class, so that each has neighbours to learn from
-SMALL = dict(batch=64, steps=320, lr=1.5e-4, warmup=20, decay=0.7, ema=0.985, init_mask=0.95,
+SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, init_mask=0.95,
              temperature=0.3, per_class=64, guidance=2.0, confidence_noise=2.0,
              blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Scenes: there are 12,000 captions where shapes has 24 classes: more of them in a batch, a lower
@@ -184,9 +183,8 @@ ABLATIONS = [
     ("2", "Di[M]O", dict(method="dimo", **SMALL_METHODS["dimo"]), None),
     ("2", "SDTT", dict(method="sdtt", **SMALL_METHODS["sdtt"]), None)]
 # What a run was made of: --resume cannot change it
-FIXED = ("dataset", "method", "data", "captions", "anywhere", "smoke", "prepare_seed",
-         "tokenizer_steps", "classifier_steps", "teacher_steps", "backbone", "blocks",
-         "init_mask")
+FIXED = ("dataset", "method", "data", "captions", "anywhere", "smoke", "tokenizer_steps",
+         "classifier_steps", "teacher_steps", "backbone", "blocks", "init_mask")
 
 
 def flag(name):
@@ -274,13 +272,12 @@ def check_values(cfg):
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             refuse(cfg, name, f"should be one of {', '.join(known)}")
-    for name in ("seed", "prepare_seed"):
-        sample.check_seed(getattr(cfg, name), flag(name))
+    sample.check_seed(cfg.seed)
     for name, value in vars(cfg).items():
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, float) and not math.isfinite(x):
                 refuse(cfg, name, "should be finite")
-    for name in ("ablations", "gan_weight", "warmup", "confidence_noise"):
+    for name in ("ablations", "gan_weight", "confidence_noise"):
         if getattr(cfg, name) < 0:
             refuse(cfg, name, "should not be negative")
     for name in ("steps", "tokenizer_steps", "classifier_steps", "teacher_steps", "log_every",
@@ -336,9 +333,8 @@ def check_method(cfg):
         refuse(cfg, "per_class", "should be at least 2: a draft's negatives are the other drafts")
     if cfg.batch < 2 or cfg.batch % cfg.per_class:
         refuse(cfg, "batch", f"should be a multiple of --per-class {cfg.per_class}")
-    if not 0 <= cfg.remask_min < cfg.remask_max <= 1:
-        raise ValueError(f"--remask-min {cfg.remask_min} and --remask-max {cfg.remask_max}: "
-                         "shares, min below max")
+    if len(cfg.remask) != 2 or not 0 <= cfg.remask[0] < cfg.remask[1] <= 1:
+        refuse(cfg, "remask", "should be two shares, the smaller first")
     if not 1 <= cfg.grid <= 32:
         refuse(cfg, "grid", "should be between 1 and 32, the pixels of the smallest images")
     if cfg.dataset not in sample.OFFICIAL and not set(cfg.blocks) <= {0, 1, 2, 3}:
@@ -611,7 +607,7 @@ def train_teacher(cfg, device, vq, text, training):
         args["num_classes"] = len(names)
     teacher = (MaskGen if text else MaskGIT)(**args).to(device)
     sample.set_text(text, teacher)
-    generator = torch.Generator(device).manual_seed(cfg.prepare_seed)
+    generator = torch.Generator(device).manual_seed(0)
     # Muon for what multiplies, not for tables: a better teacher in fewer steps than by AdamW alone
     tables = ("emb.weight", "embeddings.weight", "bias")
     matrices = [p for name, p in teacher.named_parameters()
@@ -665,8 +661,7 @@ class Prepared:
                                            files={}, saved={})
         images = tok.folder_digest(cfg.data) if cfg.dataset == "folder" else ""
         self.made_from = dict(dataset=cfg.dataset, images=images, anywhere=cfg.anywhere,
-                              seed=cfg.prepare_seed, smoke=cfg.smoke, code=code_digest(),
-                              format=sample.FORMAT)
+                              smoke=cfg.smoke, code=code_digest(), format=sample.FORMAT)
 
     def add(self, part, build, **made_from):
         """parts.<part>: a frozen network; .files: where it is; .saved: what was read there.
@@ -682,7 +677,7 @@ class Prepared:
             lock.touch()
             with locked(lock, f"{part}: another run is preparing it; waiting", wait=True):
                 if not path.exists():
-                    torch.manual_seed(4 * self.cfg.prepare_seed + len(parts.files))
+                    torch.manual_seed(len(parts.files))
                     self.make(Training(part, half, self.cfg.save_every), build, path, key)
         # outside of the branch: a kill may have left them behind
         half.unlink(missing_ok=True)
@@ -862,7 +857,7 @@ def learning_rate(step, cfg):
     """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
     # 1 where the fall begins, 0 after the last step
     left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)
-    return cfg.lr * min(1, step / max(1, cfg.warmup)) * (1 - math.cos(math.pi * min(1, left))) / 2
+    return cfg.lr * min(1, step / WARMUP) * (1 - math.cos(math.pi * min(1, left))) / 2
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def test_a_random_draft_makes_the_refinement_independent_of_the_student():
 
 def test_a_random_draft_is_uniform_and_leaves_the_students_draft_as_it_is():
     # nearly nothing is hidden
-    systems = [System(draft=draft, remask_min=0.0, remask_max=0.01)
+    systems = [System(draft=draft, remask=(0.0, 0.01))
                for draft in ("random", "student")]
     for system in systems:
         system.step()

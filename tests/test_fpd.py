@@ -410,7 +410,7 @@ class System:
 SETTINGS = [{}, dict(estimator="soft"), dict(affinity="apart"), dict(own_pair=True),
             dict(affinity="apart", own_pair=True), dict(teacher_cfg=1.0), dict(per_class=8),
             dict(per_class=2), dict(bandwidths=(0.1,)), dict(init_mask=1.0), dict(temperature=0.5),
-            dict(remask_min=0.0, remask_max=1.0)]
+            dict(remask=(0.0, 1.0))]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -518,9 +518,8 @@ def test_a_step_is_in_the_papers_order_with_one_pass_of_the_teacher(guidance, ha
 
 
 def test_every_setting_of_the_method_reaches_its_place():
-    """init_mask, temperature, remask_min and _max, teacher_cfg: seen from the networks' side."""
-    system = System(init_mask=0.5, temperature=1e-6, remask_min=0.5, remask_max=0.6,
-                    teacher_cfg=3.0)
+    """init_mask, temperature, remask, teacher_cfg: seen from the networks' side."""
+    system = System(init_mask=0.5, temperature=1e-6, remask=(0.5, 0.6), teacher_cfg=3.0)
     system.student, system.teacher = Recorder(system.student), Recorder(system.teacher)
     system.step()
     z_init, = system.student.seen
@@ -597,8 +596,8 @@ def test_the_chain_of_eq_3_converges_to_a_teachers_distribution_with_exact_condi
     """Half of two tokens hidden: each round draws one of them given the other, a Gibbs sampler. It
     starts from one pair alone."""
     teacher, z = Pair(JOINT), torch.zeros(4000, 2, dtype=torch.long)
-    short = pairs_after(teacher, z, 1, remask_min=0.1, remask_max=0.5)
-    long = pairs_after(teacher, z, 40, remask_min=0.1, remask_max=0.5)
+    short = pairs_after(teacher, z, 1, remask=(0.1, 0.5))
+    long = pairs_after(teacher, z, 40, remask=(0.1, 0.5))
     assert chi_square(long, JOINT.flatten()) < CHI_SQUARE_8 < chi_square(short, JOINT.flatten())
 
 
@@ -606,14 +605,14 @@ def test_one_pass_from_nothing_knows_no_pairs():
     """With r = 1 nothing is visible: a single pass draws both tokens alone."""
     teacher, z = Pair(JOINT), torch.zeros(4000, 2, dtype=torch.long)
     alone = (JOINT.sum(1)[:, None] * JOINT.sum(0)).flatten()
-    counts = pairs_after(teacher, z, 1, remask_min=0.99, remask_max=1.0)
+    counts = pairs_after(teacher, z, 1, remask=(0.99, 1.0))
     assert chi_square(counts, alone) < CHI_SQUARE_8 < chi_square(counts, JOINT.flatten())
 
 
 def test_independent_tokens_are_right_for_every_r():
     p = torch.tensor([0.5, 0.3, 0.2])[:, None] * torch.tensor([0.1, 0.6, 0.3])
     z = torch.zeros(4000, 2, dtype=torch.long)
-    counts = pairs_after(Pair(p), z, 30, remask_min=0.0, remask_max=1.0)
+    counts = pairs_after(Pair(p), z, 30, remask=(0.0, 1.0))
     assert chi_square(counts, p.flatten()) < CHI_SQUARE_8
 
 

@@ -70,7 +70,7 @@ def test_smoke_run_and_its_golden_retrievers(smoke):
 def test_the_papers_settings_are_the_defaults():
     """Sec. 4.1; the small worlds' changes stay theirs."""
     cfg = train.parse(["--dataset", "imagenet"])
-    assert (cfg.batch, cfg.lr, cfg.decay, cfg.ema, cfg.warmup) == (32, 1e-5, 0.0, 0.9999, 100)
+    assert (cfg.batch, cfg.lr, cfg.decay, cfg.ema) == (32, 1e-5, 0.0, 0.9999)
     assert (cfg.bandwidths, cfg.blocks) == ((0.02, 0.05, 0.2), (2, 5, 8, 11))
     assert cfg.batch % cfg.per_class == 0
     assert train.parse([]).lr == train.SMALL["lr"]

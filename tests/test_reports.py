@@ -18,9 +18,8 @@ import tokenizer
 from models import ConvNet, MaskGen, MaskGIT, Words
 from tokenizer import VQGAN
 
-CONFIG = dict(dataset="shapes", smoke=True, data="", anywhere=False, seed=0, prepare_seed=0,
-              guidance=2.0, confidence_noise=2.0, init_mask=0.9, temperature=1.0, remask_min=0.1,
-              remask_max=0.9, teacher_cfg=2.0)
+CONFIG = dict(dataset="shapes", smoke=True, data="", anywhere=False, seed=0, guidance=2.0,
+              confidence_noise=2.0, init_mask=0.9, temperature=1.0, remask=(0.1, 0.9), teacher_cfg=2.0)
 
 
 def part_of(cls, **args):

@@ -454,7 +454,7 @@ def test_a_part_belongs_to_the_images_it_was_made_from(tmp_path, monkeypatch):
         prepared.add("phi", lambda training: (train.ConvNet(width=4), dict(width=4)))
         return prepared.parts.files["phi"]
     first = file_of("here")
-    assert file_of("moved") == first and file_of("here", prepare_seed=1) != first
+    assert file_of("moved") == first and file_of("here", anywhere=True) != first
     content["value"] = "2"
     assert file_of("here") != first
 
