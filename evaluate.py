@@ -900,14 +900,14 @@ def official_report(args, run, folder, stem, device):
     """FID, IS, precision and recall with the FID Inception, of a run, of public networks or of a
     folder of images.
 
-    args           of the command line: reference, images, seed, steps, batch, inception_weights,
+    args           of the command line: reference, images, seed, steps, batch, weights,
                    inception_path, folder
     run            as of sample.load_models; None for args.folder
     folder, stem   where the report goes, see `find_report`
     returns        the content of report.json; prints the table
     """
     files = folder_files(args) if args.folder else None
-    path = find_inception(args.inception_weights)
+    path = find_inception(args.weights or "weights")
     sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     protocol, warnings = official_protocol(args, run, device, path, sha)
     extract = partial(load_inception(path).to(device), path=args.inception_path)
@@ -1347,8 +1347,6 @@ def parse():
                         "sigma, or ADM's with images")
     parser.add_argument("--folder", help="with --reference: score the images of this folder in "
                         "place of a run")
-    parser.add_argument("--inception-weights", metavar="FILE", help=f"{INCEPTION}, else looked for "
-                        "in weights/")
     parser.add_argument("--inception-path", choices=["pytorch-fid", "legacy"],
                         default="pytorch-fid", help="how images are resized and scaled; ADM's "
                         "reference was made with legacy")
@@ -1365,11 +1363,10 @@ def parse():
     args = parser.parse_args()
     if args.seed is not None:
         check_seed(args.seed)
-    needs = dict(prompts="geneval", out="geneval", detections="geneval", batch="reference",
-                 inception_weights="reference")
+    needs = dict(prompts="geneval", out="geneval", detections="geneval", batch="reference")
     for name, other in needs.items():
         if getattr(args, name) is not None and not getattr(args, other):
-            raise ValueError(f"--{name.replace('_', '-')} goes with --{other}")
+            raise ValueError(f"--{name} goes with --{other}")
     if args.geneval:
         check_geneval(args)
     else:

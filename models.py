@@ -31,20 +31,14 @@ from tokenizer import (SCENE_WORDS, count, load_strictly, parse_caption, read_we
 
 
 # ---------------------------------------------------------------- where pretrained weights are
-def find_weights(part, given, filename, repo, save_as=None):
-    """Path of a weight file: the user's own, else weights/, else the hub (its cache, a download).
+def find_weights(part, folder, name, repo, filename):
+    """Path of a weight file: <folder>/<name>, else the hub's (its cache, a download).
 
-    part       "vqgan", "maskgit", ...: the option --<part>-weights and the messages
-    given      what that option says, or None
-    filename   path of the file inside the repository `repo` of the Hugging Face hub
-    save_as    its name under weights/, where the file's own (model.safetensors) says too little
+    part             "tokenizer", "teacher", ...: how the message calls it
+    repo, filename   repository of the Hugging Face hub, path of the file inside it
     ValueError in one line that names file, repository and place
     """
-    if given:
-        if not Path(given).is_file():
-            raise ValueError(f"--{part}-weights {given}: no such file")
-        return Path(given)
-    place = Path("weights") / (save_as or Path(filename).name)
+    place = Path(folder, name)
     if place.is_file():
         return place
     try:
@@ -60,7 +54,7 @@ def find_weights(part, given, filename, repo, save_as=None):
         # offline, no such file, disk full: dozens of types
         raise ValueError(f"no weights for {part}: the hub gives none ({type(error).__name__}). "
                          f"Put the file {filename} of repository {repo} (Hugging Face hub) at "
-                         f"{place}, or name it with --{part}-weights") from None
+                         f"{place}, or name another folder with --weights") from None
 
 
 # ---------------------------------------------------------------- MaskGIT (Besnier and Chen 2023)
@@ -664,17 +658,14 @@ class Backbone(nn.Module):
                                               intermediates_only=True)
 
 
-def find_backbone(name, given=None, part="backbone"):
-    """Path of the weights of a timm network: the user's own file, else weights/<name>.safetensors,
-    else repository timm/<name> on the hub.
-
-    given, part   what the option --<part>-weights says, or None
-    """
+def find_backbone(name, folder, part="backbone"):
+    """Path of the weights of a timm network: <folder>/<name>.safetensors, else repository
+    timm/<name> on the hub. part: as of `find_weights`."""
     config = import_timm().get_pretrained_cfg(name)
     if config is None:
         raise ValueError(f"{name!r} is not a network with pretrained weights of timm")
-    return find_weights(part, given, "model.safetensors", config.hf_hub_id or f"timm/{name}",
-                        save_as=f"{name}.safetensors")
+    return find_weights(part, folder, f"{name}.safetensors", config.hf_hub_id or f"timm/{name}",
+                        "model.safetensors")
 
 
 def load_backbone(name, weights, blocks=(2, 5, 8, 11), image_size=256):
@@ -940,16 +931,13 @@ class Inception(nn.Module):
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
-def find_inception(given):
-    """Path of the FID Inception's weights: the user's own, else weights/. They are on GitHub, not
-    on the hub."""
-    if given and not Path(given).is_file():
-        raise ValueError(f"--inception-weights {given}: no such file")
-    path = Path(given or f"weights/{INCEPTION}")
+def find_inception(folder):
+    """Path of the FID Inception's weights in a folder. They are on GitHub, not on the hub."""
+    path = Path(folder, INCEPTION)
     if not path.is_file():
         raise ValueError(f"no weights for inception: put the file {INCEPTION} of "
                          "https://github.com/mseitzer/pytorch-fid (release fid_weights) at "
-                         f"{path}, or name it with --inception-weights")
+                         f"{path}, or name another folder with --weights")
     return path
 
 

@@ -126,26 +126,24 @@ def digest(network):
     return found.hexdigest()[:12]
 
 
-def official_files(dataset, teacher, given):
+def official_name(repo, file):
+    """What a file of the hub is called in a folder of official files."""
+    # model.safetensors says too little
+    return f"{repo.split('/')[1]}.safetensors" if file.endswith(".safetensors") else Path(file).name
+
+
+def official_files(dataset, teacher, weights):
     """The official networks that draw images -> {part: function that finds its file}.
 
-    The functions are for `find_all`; each looks for the user's own file, then in weights/, then on
-    the hub.
+    The functions are for `find_all`
     teacher    is it needed?
-    given      {part: the user's own file}
+    weights    the folder to look in before the hub; ValueError where it is none
     """
-    def find(part):
-        repo, file, _ = OFFICIAL[dataset][part]
-        save_as = None
-        if file.endswith(".safetensors"):
-            # model.safetensors says too little
-            save_as = f"{repo.split('/')[1]}.safetensors"
-        return find_weights(part, given.get(part), file, repo, save_as)
-
-    if given.get("text") and "text" not in OFFICIAL[dataset]:
-        raise ValueError(f"--text-weights goes with --dataset laion: there is no text in {dataset}")
-    wanted = [part for part in OFFICIAL[dataset] if teacher or part != "teacher"]
-    return {part: partial(find, part) for part in wanted}
+    # weights/ itself need not be there: the hub may have all
+    if weights != "weights" and not Path(weights).is_dir():
+        raise ValueError(f"--weights {weights} is not a folder")
+    return {part: partial(find_weights, part, weights, official_name(repo, file), repo, file)
+            for part, (repo, file, _) in OFFICIAL[dataset].items() if teacher or part != "teacher"}
 
 
 def find_all(finders):
@@ -268,7 +266,7 @@ def read_checkpoint(run):
     return content
 
 
-def load_run(run, device, teacher=True, given=None):
+def load_run(run, device, teacher=True, weights=None):
     """A run, see `checkpoint_path` -> namespace of its networks and settings.
 
     cfg, step    settings; how long the student was trained
@@ -278,20 +276,19 @@ def load_run(run, device, teacher=True, given=None):
     student      the mean of its weights (EMA)
 
     teacher      False: not needed, so that an official teacher's file need not be there
-    given        {"tokenizer": FILE, "teacher": FILE, "text": FILE}: where official files are now,
-                 if not where the run found them
+    weights      of official networks, see `find_files_of_run`
     """
-    path, saved, given = checkpoint_path(run), read_checkpoint(run), given or {}
+    path, saved = checkpoint_path(run), read_checkpoint(run)
     cfg = types.SimpleNamespace(**saved["config"])
     r = types.SimpleNamespace(cfg=cfg, step=saved["step"], path=path, names=saved["names"],
                               teacher=None, phi=None, judge=None, text=None)
     if cfg.dataset in OFFICIAL and not cfg.smoke:
-        files = find_files_of_run(path, cfg.dataset, saved["parts"], teacher, given)
+        files = find_files_of_run(path, cfg.dataset, saved["parts"], teacher, weights)
         return load_official(r, cfg.dataset, files, device, saved["ema"])
-    if given:
-        smoke = ", smoke" if cfg.smoke else ""
-        raise ValueError(f"--{min(given)}-weights is for imagenet and laion, and {run} is a run of "
-                         f"{cfg.dataset}{smoke}")
+    # a smoke run of imagenet needs none either, but evaluate.py can want the Inception's for it
+    if weights and cfg.dataset not in OFFICIAL:
+        raise ValueError(f"--weights is for imagenet and laion, and {run} is a run of "
+                         f"{cfg.dataset}")
     for name, part in saved["parts"].items():
         setattr(r, name, load_part(part, device, f"{name} of {path}"))
     set_text(r.text, r.teacher)
@@ -300,28 +297,33 @@ def load_run(run, device, teacher=True, given=None):
     return r
 
 
-def find_files_of_run(path, dataset, parts, teacher, given):
+def find_files_of_run(path, dataset, parts, teacher, weights):
     """The official files of the run in `path` -> {part: file}.
 
-    parts            {part: dict(file=where it was, sha256=its `file_digest`)}
-    teacher, given   as of `load_run`
+    parts      {part: dict(file=where it was, sha256=its `file_digest`)}
+    teacher    is it needed?
+    weights    the folder to look in, not where they were; None: where they were, else in weights/
     ValueError when one is missing or another than the run was made with
     """
-    places = {name: part["file"] for name, part in parts.items() if Path(part["file"]).is_file()}
-    files = find_all(official_files(dataset, teacher, places | given))
-    for name, file in files.items():
-        found, expected = file_digest(file), parts[name]["sha256"]
+    finders = official_files(dataset, teacher, weights or "weights")
+    if not weights:
+        finders |= {part: partial(Path, parts[part]["file"]) for part in finders
+                    if Path(parts[part]["file"]).is_file()}
+    files = find_all(finders)
+    for part, file in files.items():
+        found, expected = file_digest(file), parts[part]["sha256"]
         if found != expected:
-            raise ValueError(f"{file} is not the {name} that {path} was made with (its SHA-256 "
-                             f"begins with {found}, not {expected}); name the right file with "
-                             f"--{name}-weights")
+            repo, name, _ = OFFICIAL[dataset][part]
+            raise ValueError(f"{file} is not the {part} that {path} was made with (its SHA-256 "
+                             f"begins with {found}, not {expected}); put the right file at "
+                             f"DIR/{official_name(repo, name)} and add --weights DIR")
     return files
 
 
-def load_public(dataset, student_file, teacher, given, init_mask, device):
+def load_public(dataset, student_file, teacher, weights, init_mask, device):
     """The public networks, without any run -> namespace like load_run's; path and step are None,
     and there is no student unless its file is named."""
-    files = find_all(official_files(dataset, teacher, given))
+    files = find_all(official_files(dataset, teacher, weights))
     cfg = types.SimpleNamespace(**PUBLIC[dataset], dataset=dataset, smoke=False)
     if init_mask is not None:
         cfg.init_mask = init_mask
@@ -497,9 +499,9 @@ def model_arguments(parser):
                         "tokens, 0.6 if not given")
     parser.add_argument("--dataset", choices=list(OFFICIAL), help="in place of a run: the public "
                         "teacher; with --student, which kind it is")
-    for part in ("tokenizer", "teacher", "text"):
-        parser.add_argument(f"--{part}-weights", metavar="FILE", help=f"official networks: file of "
-                            f"the {part}, else weights/, else the hub")
+    parser.add_argument("--weights", metavar="DIR", help="folder of official files, which are "
+                        "looked for there, then on the hub; if not given, those of a run where it "
+                        "found them, then weights/")
 
 
 def load_models(args, device, teacher, public=False):
@@ -516,16 +518,14 @@ def load_models(args, device, teacher, public=False):
         raise ValueError("--init-mask goes with --student; a run knows its own")
     if args.init_mask is not None and not 0 < args.init_mask <= 1:
         raise ValueError(f"--init-mask is a share, between 0 and 1, got {args.init_mask}")
-    files = dict(tokenizer=args.tokenizer_weights, teacher=args.teacher_weights,
-                 text=args.text_weights)
-    given = {part: file for part, file in files.items() if file}
     no_run_at_all = not args.run and not any(Path("runs").glob("*/checkpoint.pt"))
     if args.student or args.dataset or (no_run_at_all and public):
         dataset = args.dataset or "imagenet"
         print(f"no run: the public networks of {dataset}")
-        return load_public(dataset, args.student, teacher, given, args.init_mask, device)
+        return load_public(dataset, args.student, teacher, args.weights or "weights",
+                           args.init_mask, device)
     path = args.run or newest_run()
-    run = load_run(path, device, teacher, given)
+    run = load_run(path, device, teacher, args.weights)
     print(f"run {path}: {run.cfg.dataset}, {run.step} steps")
     return run
 

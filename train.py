@@ -94,13 +94,8 @@ class Config:
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
     teacher_steps: int = 1400         # MaskGIT, batch 64
-    # official networks of imagenet and laion: a file, else weights/, else the hub
-    tokenizer_weights: str = ""       # VQGAN, TA-TiTok
-    teacher_weights: str = ""         # MaskGIT, MaskGen
-    backbone_weights: str = ""        # Phi
-    text_weights: str = ""            # CLIP's text encoder
-    deit_weights: str = ""            # the two feature networks of the GAN's discriminator
-    efficientnet_weights: str = ""
+    # official networks of imagenet and laion
+    weights: str = "weights"          # folder of their files, which else come from the hub
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm
     blocks: tuple = (2, 5, 8, 11)     # of the backbone, whose outputs are compared (Table 4b)
     # sampling; by default as the public MaskGIT is sampled
@@ -353,13 +348,8 @@ def check_method(cfg):
 def check_files(cfg):
     """The user's files: given where they are needed, and only there."""
     needs_files = cfg.dataset in sample.OFFICIAL and not cfg.smoke
-    of_gan = ("deit_weights", "efficientnet_weights")
-    for name in ("tokenizer_weights", "teacher_weights", "backbone_weights", "text_weights",
-                 *of_gan):
-        if getattr(cfg, name) and not needs_files:
-            refuse(cfg, name, "goes with --dataset imagenet or laion, and not with --smoke")
-        if getattr(cfg, name) and name in of_gan and not cfg.gan_weight:
-            refuse(cfg, name, "goes with --gan-weight")
+    if cfg.weights != Config.weights and not needs_files:
+        refuse(cfg, "weights", "goes with --dataset imagenet or laion, and not with --smoke")
     if cfg.captions and (cfg.dataset != "laion" or cfg.smoke):
         refuse(cfg, "captions", "goes with --dataset laion, and not with --smoke")
     if cfg.dataset == "laion" and not cfg.smoke and not cfg.captions:
@@ -785,15 +775,12 @@ def load_official(cfg, device):
     parts = types.SimpleNamespace(captions=None)
     if cfg.dataset == "laion":
         parts.captions = tok.read_captions(cfg.captions)
-    given = dict(tokenizer=cfg.tokenizer_weights, teacher=cfg.teacher_weights,
-                 text=cfg.text_weights)
-    finders = sample.official_files(cfg.dataset, True, given)
-    finders["phi"] = partial(find_backbone, cfg.backbone, cfg.backbone_weights)
+    finders = sample.official_files(cfg.dataset, True, cfg.weights)
+    finders["phi"] = partial(find_backbone, cfg.backbone, cfg.weights)
     if cfg.gan_weight:
         images = tok.image_files(cfg.data)
         for cls in FEATURE_NETWORKS:
-            own = getattr(cfg, f"{cls.part}_weights")
-            finders[cls.part] = partial(find_backbone, cls.name, own, cls.part)
+            finders[cls.part] = partial(find_backbone, cls.name, cfg.weights, cls.part)
     files = sample.find_all(finders)
     if cfg.gan_weight:
         parts.real_files = readable(images)

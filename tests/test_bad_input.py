@@ -105,7 +105,8 @@ def make_images(folder):
 
 def make_texts(folder):
     texts = {"some.txt": "a dog\n", "empty.txt": " \n\n", "file": "",
-             "inception.pth": "not weights"}
+             f"official/{models.INCEPTION}": "not weights"}
+    (folder / "official").mkdir()
     for name, content in texts.items():
         (folder / name).write_text(content)
     (folder / "latin.txt").write_bytes("a dog\na café\n".encode("latin-1"))
@@ -152,9 +153,9 @@ WRONG = [
     ("train.py --gpus 999", "--gpus"),
     ("train.py --smoke --gan-weight -1", "--gan-weight should not be negative"),
     ("train.py --smoke --dataset scenes --anywhere", "--anywhere goes with --dataset shapes"),
-    ("train.py --smoke --backbone-weights x", "--backbone-weights goes with"),
-    ("train.py --dataset imagenet --deit-weights x", "--deit-weights goes with --gan-weight"),
-    ("train.py --dataset imagenet --text-weights x", "--text-weights goes with --dataset laion"),
+    ("train.py --smoke --weights official", "--weights goes with --dataset imagenet or laion"),
+    ("train.py --dataset imagenet --smoke --weights official", "and not with --smoke"),
+    ("train.py --dataset imagenet --weights file", "--weights file is not a folder"),
     # train.py: names and runs
     ("train.py --smoke --name shapes-smoke", "exists already"),
     ("train.py --smoke --name a/b", "cannot be the name of a folder"),
@@ -223,12 +224,10 @@ WRONG = [
     ("sample.py --dataset laion", "add --teacher, or --student FILE"),
     ("sample.py --run runs/shapes-smoke --student x", "exclude each other"),
     ("sample.py --teacher --student x", "exclude each other"),
-    ("sample.py --teacher-weights x", "--teacher-weights is for imagenet"),
-    ("sample.py --text-weights x", "--text-weights is for imagenet and laion"),
-    ("sample.py --dataset imagenet --teacher --text-weights x",
-     "--text-weights goes with --dataset laion"),
-    ("evaluate.py --dataset imagenet --reference adm.npz --text-weights x",
-     "--text-weights goes with --dataset laion"),
+    ("sample.py --weights official", "--weights is for imagenet and laion, and runs/shapes-smoke"),
+    ("sample.py --dataset imagenet --teacher --weights none", "--weights none is not a folder"),
+    ("evaluate.py --dataset imagenet --reference adm.npz --weights file",
+     "--weights file is not a folder"),
     # sample.py, evaluate.py: runs
     ("sample.py --run runs/none", "there is no file runs/none/checkpoint.pt"),
     ("evaluate.py --run runs/none", "there is no file"),
@@ -257,21 +256,20 @@ WRONG = [
     ("evaluate.py --run runs/imagenet-smoke", "imagenet needs --reference"),
     ("evaluate.py --run runs/laion-smoke", "--geneval --prompts FILE makes"),
     ("evaluate.py --folder empty", "--folder needs --reference"),
-    ("evaluate.py --inception-weights x", "--inception-weights goes with --reference"),
-    ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth --images 31",
+    ("evaluate.py --weights official", "--weights is for imagenet and laion"),
+    ("evaluate.py --reference adm.npz --folder few --weights official --images 31",
      "has 30 images, fewer than the 31"),
-    ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth",
+    ("evaluate.py --reference adm.npz --folder few --weights official",
      "fewer than the 50000 asked for"),
-    ("evaluate.py --reference adm.npz --folder few --inception-weights inception.pth --images 9",
+    ("evaluate.py --reference adm.npz --folder few --weights official --images 9",
      "--images should be at least 10"),
     ("evaluate.py --reference adm.npz --folder few --images 12 --inception-path clean",
      "invalid choice: 'clean'"),
-    ("evaluate.py --reference adm.npz --folder few --images 12 --inception-weights no.pth",
-     "--inception-weights no.pth: no such file"),
-    ("evaluate.py --reference adm.npz --folder few --images 12 --inception-weights inception.pth",
-     "inception.pth cannot be read as weights"),
-    ("evaluate.py --reference adm.npz --folder few --images 12 --inception-weights",
-     "expected one argument"),
+    ("evaluate.py --reference adm.npz --folder few --images 12 --weights empty",
+     f"no weights for inception: put the file {models.INCEPTION}"),
+    ("evaluate.py --reference adm.npz --folder few --images 12 --weights official",
+     f"official/{models.INCEPTION} cannot be read as weights"),
+    ("evaluate.py --reference adm.npz --folder few --images 12 --weights", "expected one argument"),
     ("evaluate.py --geneval", "--geneval needs --prompts FILE"),
     ("evaluate.py --prompts dog.jsonl", "--prompts goes with --geneval"),
     ("evaluate.py --detections x", "--detections goes with --geneval"),

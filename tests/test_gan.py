@@ -178,9 +178,9 @@ def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # offline, see conftest
     words = (f"no weights for deit: .*model.safetensors of .* timm/{EFFICIENTNET}.in1k "
-             ".*--deit-weights")
+             ".*--weights")
     with pytest.raises(ValueError, match=words) as error:
-        models.find_backbone(EFFICIENTNET, part="deit")
+        models.find_backbone(EFFICIENTNET, "weights", "deit")
     assert "\n" not in str(error.value)
     state = timm_weights(EFFICIENTNET)
     bare = {key: x for key, x in state.items() if not key.endswith("num_batches_tracked")}
@@ -192,7 +192,7 @@ def test_classifier_and_counters_are_not_needed(tmp_path, monkeypatch):
         assert torch.equal(value, state[key])
     (tmp_path / "weights").mkdir()
     save_file(whole, tmp_path / "weights" / f"{EFFICIENTNET}.safetensors")
-    found = models.find_backbone(EFFICIENTNET)
+    found = models.find_backbone(EFFICIENTNET, "weights")
     models.load_discriminator({"deit": found, "efficientnet": found}, image_size=64)
     del bare["conv_stem.weight"]
     for src, words in ((bare, "tf_efficientnet_lite0.* key conv_stem.weight is missing$"),

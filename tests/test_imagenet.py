@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import golden_fill, in_process, load_case, official_files, own_copy, refused
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 import fpd
@@ -133,26 +134,27 @@ def test_the_estimate_of_memory_keeps_none():
 
 # ---------------------------------------------------------------- official files
 def test_official_files_train_and_sample(narrow, tmp_path):
-    """Not a smoke run: the three loaders, found in weights/ and by flag; then everything that needs
-    no teacher, without its file."""
-    (tmp_path / "weights").mkdir()
-    for name in ("last.ckpt", "MaskGIT_ImageNet_256.pth"):
-        shutil.copy(narrow / name, tmp_path / "weights")
+    """Not a smoke run: the three loaders; then everything that needs no teacher, without its file;
+    and more steps with files of another folder."""
+    shutil.copytree(narrow, tmp_path / "weights")
     done = in_process(f"train.py --dataset imagenet --backbone {TINY_BACKBONE} "
-                      f"--backbone-weights {narrow / TINY_BACKBONE}.safetensors "
                       "--steps 2 --batch 4 --per-class 2 --lift-chunk 2 --log-every 1", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for words in ("loading teacher from weights/MaskGIT_ImageNet_256.pth", "M parameters",
                   "evaluate.py --run"):
         assert words in done.stdout
     assert len((tmp_path / "runs/imagenet/log.jsonl").read_text().splitlines()) == 2
-    shutil.rmtree(tmp_path / "weights")
+    (tmp_path / "weights").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "MaskGIT_ImageNet_256.pth").unlink()
     refused(in_process("sample.py --class 207 --n 1", tmp_path), "error: no weights for tokenizer")
-    done = in_process("sample.py --class 207 --n 1 "
-                      f"--tokenizer-weights {narrow / 'last.ckpt'}", tmp_path)
+    done = in_process("sample.py --class 207 --n 1 --weights moved", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "student, 1 step (trained for 2 steps) | golden retriever" in done.stdout
     assert "random" not in done.stdout and picture(tmp_path / "sample.png").shape[0] > 256
+    done = in_process(f"train.py --resume --steps 3 --weights {narrow}", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"loading teacher from {narrow}/MaskGIT_ImageNet_256.pth" in done.stdout
+    assert len((tmp_path / "runs/imagenet/log.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_public_teacher_and_a_student_of_others_need_no_run(narrow, tmp_path):
@@ -182,7 +184,7 @@ def test_every_missing_file_is_listed_at_once(tmp_path):
                 ("backbone", "model.safetensors", "timm/vit_base_patch16_dinov3.lvd1689m")]
     for line, (part, file, repo) in zip(done.stderr.splitlines(), expected, strict=True):
         assert line.startswith(f"error: no weights for {part}") and file in line and repo in line
-        assert "weights/" in line and f"--{part}-weights" in line
+        assert "weights/" in line and "--weights" in line
     done = in_process("sample.py --class 207 --teacher", tmp_path)
     refused(done, "no weights for tokenizer", "no weights for teacher", lines=2)
     done = in_process("train.py --dataset imagenet --backbone nonsense", tmp_path)
@@ -202,10 +204,11 @@ class Malicious:
     ("backbone", f"{TINY_BACKBONE}.safetensors")])
 @pytest.mark.parametrize("fault", ["absent", "cut", "pointer", "malicious", "shape", "key"])
 def test_bad_files_end_in_one_line(narrow, tmp_path, part, file, fault):
-    (tmp_path / "weights").mkdir()
+    (tmp_path / "official").mkdir()
     for other in narrow.iterdir():
-        (tmp_path / "weights" / other.name).symlink_to(other)
-    bad = tmp_path / f"bad{(narrow / file).suffix}"
+        (tmp_path / "official" / other.name).symlink_to(other)
+    bad = tmp_path / "official" / file
+    bad.unlink()
     data = (narrow / file).read_bytes()
     if fault == "cut":
         bad.write_bytes(data[:len(data) // 2])
@@ -218,10 +221,10 @@ def test_bad_files_end_in_one_line(narrow, tmp_path, part, file, fault):
         key = {"tokenizer": "post_quant_conv.bias", "teacher": "last_layer.4.bias",
                "backbone": "blocks.3.mlp.fc1.bias"}[part]
         value = state.pop(key)
-        bad = bad.with_suffix(".pt")
-        torch.save(state if fault == "key" else state | {key: value[:-1]}, bad)
-    line = f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --{part}-weights {bad}"
-    refused(in_process(line, tmp_path), bad.name)
+        save = save_file if bad.suffix == ".safetensors" else torch.save
+        save(state if fault == "key" else state | {key: value[:-1]}, bad)
+    line = f"train.py --dataset imagenet --backbone {TINY_BACKBONE} --weights official"
+    refused(in_process(line, tmp_path), f"official/{file}")
     assert not (tmp_path / "marker").exists() and not (tmp_path / "runs").exists()
 
 
@@ -230,7 +233,7 @@ def test_networks_that_do_not_belong_together_are_refused(narrow, tmp_path):
     state["tok_emb.weight"] = state["tok_emb.weight"][1:]
     state["bias"] = state["bias"][:, 1:]
     torch.save(state, tmp_path / "other.bin")
-    line = f"sample.py --student other.bin --tokenizer-weights {narrow / 'last.ckpt'}"
+    line = f"sample.py --student other.bin --weights {narrow}"
     refused(in_process(line, tmp_path), "256 tokens of 63 codes, the tokenizer has 256 of 64")
 
 
@@ -260,7 +263,9 @@ def test_a_step_at_full_size(tmp_path):
 def scored(tmp_path_factory):
     """A folder with Inception weights (generated), 12 PNGs, and what they are as ADM's .npz."""
     folder = tmp_path_factory.mktemp("scored")
-    torch.save(load_case("inception_fid", "full").weights(), folder / "inception.pth")
+    (folder / "official").mkdir()
+    torch.save(load_case("inception_fid", "full").weights(),
+               folder / "official" / models.INCEPTION)
     cells = np.random.RandomState(0).randint(0, 256, (12, 4, 4, 3)).astype(np.uint8)
     images = cells.repeat(8, 1).repeat(8, 2)
     (folder / "png").mkdir()
@@ -274,8 +279,8 @@ def scored(tmp_path_factory):
 def test_scores_of_a_folder(scored):
     """The same images against themselves: distance 0, everything precise and recalled; mu and sigma
     alone give no precision."""
-    line = ("evaluate.py --folder png --images 12 --inception-weights inception.pth "
-            "--inception-path legacy --reference ")
+    line = ("evaluate.py --folder png --images 12 --weights official --inception-path legacy "
+            "--reference ")
     assert in_process(line + "adm.npz", scored).returncode == 0
     report = json.loads((scored / "report.json").read_text())
     (row,), protocol = report["rows"], report["protocol"]
@@ -285,7 +290,7 @@ def test_scores_of_a_folder(scored):
     assert "not the published" in protocol["warning"]
     assert protocol["inception_path"] == "legacy" and protocol["images"] == 12
     assert "adm.npz (12 images)" in protocol["reference"]
-    inception = evaluate.load_inception(scored / "inception.pth")
+    inception = evaluate.load_inception(scored / "official" / models.INCEPTION)
     features, _ = evaluate.collect(sorted((scored / "png").glob("*.png")),
                                    lambda x: inception(x, path="legacy"))
     mu, sigma = evaluate.statistics(features)
@@ -300,8 +305,8 @@ def test_scores_of_a_run(scored, smoke):
     """Teacher and student, straight from the generator; the protocol is stored beside the
     scores."""
     folder, _ = smoke
-    line = (f"evaluate.py --reference {scored / 'png'} --inception-weights "
-            f"{scored / 'inception.pth'} --images 11 --batch 4 --steps 2 --seed 3")
+    line = (f"evaluate.py --reference {scored / 'png'} --weights {scored / 'official'} "
+            "--images 11 --batch 4 --steps 2 --seed 3")
     assert in_process(line, folder).returncode == 0
     report = json.loads((folder / "runs/imagenet-smoke/report.json").read_text())
     rows = [(row["model"], row["steps"]) for row in report["rows"]]

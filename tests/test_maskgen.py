@@ -366,12 +366,12 @@ def test_a_torchscript_archive_is_named(tmp_path):
 def test_where_the_text_encoder_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("open_clip_model.safetensors of repository "
-             "timm/vit_large_patch14_clip_336.openai.*--text-weights")
+             "timm/vit_large_patch14_clip_336.openai.*--weights")
     # offline, see conftest
     with pytest.raises(ValueError, match=words) as error:
-        sample.official_files("laion", False, {})["text"]()
+        sample.official_files("laion", False, "weights")["text"]()
     one_line(error)
     (tmp_path / "weights").mkdir()
     place = tmp_path / "weights" / "vit_large_patch14_clip_336.openai.safetensors"
     place.touch()
-    assert sample.official_files("laion", False, {})["text"]().resolve() == place
+    assert sample.official_files("laion", False, "weights")["text"]().resolve() == place

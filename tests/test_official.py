@@ -398,22 +398,24 @@ def test_inert_reader_returns_the_same_tensors(tmp_path):
 # ---------------------------------------------------------------- where files are looked for
 def test_find_weights_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    question = ("vqgan", None, "pretrained_maskgit/VQGAN/last.ckpt", "llvictorll/Maskgit-pytorch")
-    words = ("pretrained_maskgit/VQGAN/last.ckpt of repository llvictorll/Maskgit-pytorch.*"
-             "weights.last.ckpt.*--vqgan-weights")
+    question = ("last.ckpt", "llvictorll/Maskgit-pytorch", "pretrained_maskgit/VQGAN/last.ckpt")
+    words = ("no weights for vqgan.*"
+             "pretrained_maskgit/VQGAN/last.ckpt of repository llvictorll/Maskgit-pytorch.*"
+             "weights.last.ckpt.*--weights")
     # offline, see conftest
     with pytest.raises(ValueError, match=words) as error:
-        models.find_weights(*question)
+        models.find_weights("vqgan", "weights", *question)
     one_line(error)
     # nor a traceback of the hub's
     assert error.value.__suppress_context__
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "last.ckpt").touch()
-    (tmp_path / "mine.ckpt").touch()
-    assert models.find_weights(*question) == Path("weights/last.ckpt")
-    assert models.find_weights("vqgan", "mine.ckpt", *question[2:]) == Path("mine.ckpt")
-    with pytest.raises(ValueError, match="--vqgan-weights other.ckpt: no such file"):
-        models.find_weights("vqgan", "other.ckpt", *question[2:])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "last.ckpt").touch()
+    assert models.find_weights("vqgan", "weights", *question) == Path("weights/last.ckpt")
+    assert models.find_weights("vqgan", "mine", *question) == Path("mine/last.ckpt")
+    with pytest.raises(ValueError, match="no weights for vqgan.*other.last.ckpt"):
+        models.find_weights("vqgan", "other", *question)
 
 
 def test_the_hub_is_asked_last(tmp_path, monkeypatch):
@@ -429,7 +431,7 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
         return "downloaded"
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", question)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    asked = ("vqgan", None, "a/last.ckpt", "some/repo")
+    asked = ("vqgan", "weights", "last.ckpt", "some/repo", "a/last.ckpt")
     assert models.find_weights(*asked) == Path("downloaded")
     assert calls[0].endswith("/some/repo/resolve/main/a/last.ckpt")
     assert calls[1:] == [("some/repo", "a/last.ckpt")]
@@ -442,9 +444,9 @@ def test_backbone_is_found_in_weights(files, tmp_path, monkeypatch):
     words = (f"model.safetensors of .* timm/{TINY_BACKBONE}.*"
              f"weights.{TINY_BACKBONE}.safetensors")
     with pytest.raises(ValueError, match=words) as error:
-        models.find_backbone(TINY_BACKBONE)
+        models.find_backbone(TINY_BACKBONE, "weights")
     one_line(error)
     (tmp_path / "weights").symlink_to(files["backbone"].parent)
-    found = models.find_backbone(TINY_BACKBONE)
+    found = models.find_backbone(TINY_BACKBONE, "weights")
     backbone = models.load_backbone(TINY_BACKBONE, found, image_size=32)
     assert math.isfinite(backbone.maps(torch.zeros(1, 3, 32, 32))[-1].sum())

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import evaluate
 import fpd
 import sample
 import tokenizer
-from models import ConvNet, MaskGen, MaskGIT, Words
+from models import INCEPTION, ConvNet, MaskGen, MaskGIT, Words
 from tokenizer import VQGAN
 
 CONFIG = dict(dataset="shapes", smoke=True, data="", anywhere=False, seed=0, guidance=2.0,
@@ -141,7 +142,8 @@ def test_the_newest_run_is_what_its_checkpoint_says_and_is_named_first(tmp_path)
 
 
 def test_an_official_file_must_be_the_one_of_the_run(tmp_path, monkeypatch):
-    """Found where it was, named, or in weights/: in each place its digest decides."""
+    """Found where it was, or else in weights/, or in the folder that is named and nowhere else: in
+    each place its digest decides."""
     monkeypatch.chdir(tmp_path)
     files = {}
     for part in ("tokenizer", "teacher"):
@@ -150,22 +152,27 @@ def test_an_official_file_must_be_the_one_of_the_run(tmp_path, monkeypatch):
     parts = {part: dict(file=str(file), sha256=sample.file_digest(file))
              for part, file in files.items()}
 
-    def find(**given):
-        return sample.find_files_of_run("run.pt", "imagenet", parts, True, given)
-    assert find() == files
-    moved = tmp_path / "moved.pt"
-    files["teacher"].rename(moved)
-    assert find(teacher=str(moved))["teacher"] == moved
-    (tmp_path / "weights").mkdir()
-    place = tmp_path / "weights" / "MaskGIT_ImageNet_256.pth"
-    shutil.copy(moved, place)
-    assert find()["teacher"].resolve() == place
-    for wrong in (place, moved):
-        wrong.write_bytes(b"another network")
-        given = {} if wrong == place else dict(teacher=str(moved))
+    def find(weights=None):
+        return sample.find_files_of_run("run.pt", "imagenet", parts, True, weights)
+
+    def refused(weights=None):
         with pytest.raises(ValueError, match="is not the teacher that run.pt was made with") as e:
-            find(**given)
-        assert "--teacher-weights" in str(e.value) and "\n" not in str(e.value)
+            find(weights)
+        assert "DIR/MaskGIT_ImageNet_256.pth" in str(e.value) and "\n" not in str(e.value)
+    assert find() == files
+    for folder in ("weights", "moved"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(files["tokenizer"], Path(folder, "last.ckpt"))
+    with pytest.raises(ValueError, match="no weights for teacher.*moved.MaskGIT_ImageNet_256.pth"):
+        find("moved")
+    moved, place = (Path(folder, "MaskGIT_ImageNet_256.pth") for folder in ("moved", "weights"))
+    shutil.copy(files["teacher"], moved)
+    assert find("moved") == dict(tokenizer=Path("moved/last.ckpt"), teacher=moved)
+    files["teacher"].rename(place)
+    assert find() == files | dict(teacher=place)
+    for wrong, named in ((place, None), (moved, "moved"), (files["teacher"], None)):
+        wrong.write_bytes(b"another network")
+        refused(named)
 
 
 def test_digests_of_networks_tell_weights_apart():
@@ -453,7 +460,8 @@ def official(tmp_path, monkeypatch):
               dataset="imagenet")
     for i, image in enumerate(tokenizer.shapes(torch.arange(12), 0)):
         save_image(tmp_path / "images" / f"{i}.png", image)
-    (tmp_path / "inception.pth").write_bytes(b"weights")
+    (tmp_path / "official").mkdir()
+    (tmp_path / "official" / INCEPTION).write_bytes(b"weights")
     monkeypatch.setattr(evaluate, "load_inception", lambda path: Extract())
     # 2048 x 2048 eigenvalues take seconds
     monkeypatch.setattr(evaluate, "frechet_distance", lambda mu, sigma, *_: float(mu[0]))
@@ -467,7 +475,7 @@ def official(tmp_path, monkeypatch):
     return tmp_path, computed
 
 
-LINE = "evaluate.py --reference images --inception-weights inception.pth --images 12"
+LINE = "evaluate.py --reference images --weights official --images 12"
 
 
 def test_an_official_table_goes_on_where_it_stopped(official, monkeypatch):
@@ -553,7 +561,7 @@ def test_a_reference_made_in_another_way_is_told(official):
                  arr_0=images[:60].permute(0, 2, 3, 1).numpy())
     for made, used in (("legacy", "legacy"), ("legacy", "pytorch-fid"),
                        ("pytorch-fid", "legacy"), ("pytorch-fid", "pytorch-fid")):
-        line = (f"evaluate.py --reference {made}.npz --inception-weights inception.pth --images 12 "
+        line = (f"evaluate.py --reference {made}.npz --weights official --images 12 "
                 f"--folder images --inception-path {used}")
         done = in_process(line, folder)
         assert done.returncode == 0, done.stderr

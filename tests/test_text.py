@@ -316,20 +316,19 @@ def test_every_missing_file_is_listed_at_once(tmp_path):
                 ("deit", "model.safetensors", "timm/deit_base_distilled_patch16_224"),
                 ("efficientnet", "model.safetensors", "timm/tf_efficientnet_lite0")]
 
-    def check(line, parts):
+    def check(line, parts, folder="weights"):
         done = in_process(line, tmp_path)
         refused(done, lines=len(parts))
         for text, (part, file, repo) in zip(done.stderr.splitlines(), parts, strict=True):
             assert text.startswith(f"error: no weights for {part}"), text
-            place = f"weights/{repo.split('/')[1]}.safetensors"
-            for words in (file, repo, place, f"--{part}-weights"):
+            place = f"{folder}/{repo.split('/')[1]}.safetensors"
+            for words in (file, repo, place, "--weights"):
                 assert words in text, text
     line = "train.py --dataset laion --captions captions.txt"
     check(line, expected[:4])
     check(f"{line} --gan-weight 0.5 --data real", expected)
     check("sample.py --dataset laion --teacher", expected[:3])
-    done = in_process(f"{line} --gan-weight 1 --data real --deit-weights none.pt", tmp_path)
-    refused(done, "--deit-weights none.pt: no such file", lines=6)
+    check(f"{line} --gan-weight 0.5 --data real --weights real", expected, "real")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "real"]
 
 
