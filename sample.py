@@ -38,8 +38,8 @@ from models import (CLIP_FILE, CLIP_REPO, Backbone, ConvNet, MaskGen, MaskGIT, T
 from tokenizer import (SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan,
                        read_weights, to_uint8)
 
-# Of checkpoint.pt. 3: the networks of a small world are in it
-FORMAT = 3
+# Of checkpoint.pt: raised when what is in it or its settings change
+FORMAT = 4
 # The paper's public networks on the Hugging Face hub: repository, file, loader
 MASKGIT_REPO = "llvictorll/Maskgit-pytorch"
 OFFICIAL = {

@@ -114,7 +114,7 @@ def test_a_run_says_what_is_wrong_with_one_of_its_parts(tmp_path):
             (lambda c: c["parts"]["teacher"]["state"].popitem(), "teacher of .*does not fit"),
             (lambda c: c["ema"].popitem(), "student of .*does not fit"),
             (lambda c: c.pop("saved"), "saved should be in it"),
-            (lambda c: c.update(format=2), "has format 2, older than 3")):
+            (lambda c: c.update(format=2), "has format 2, older than 4")):
         path.write_bytes(whole)
         change_run(path, change)
         with pytest.raises(ValueError, match=says):
