@@ -158,8 +158,10 @@ def kill(folder, seed, n=10):
             said = out.read_text()
             assert process.exitcode in (0, -(number or 0), CODES.get(number)), said
             if process.exitcode == CODES.get(number):
-                # what was asked to end has lost nothing
-                step, what = re.search(r"saved after step (\d+)(?: of the (\w+)|)", said).groups()
+                # what was asked to end has lost nothing; after the last step there is only the
+                # report to be made
+                saved = re.search(r"saved after step (\d+)(?: of the (\w+)|)", said)
+                step, what = saved.groups() if saved else (15, None)
                 assert saved_steps(run).get(what or "run", 99) >= int(step), said
             for part, step in re.findall(r"^(?:(\w+): )?going on after step (\d+)", said, re.M):
                 # a part is prepared for both: the other run can be further
