@@ -245,10 +245,12 @@ def straight_through(logits, E, generator, temperature=1.0, soft=False):
     soft      feed the decoder the mixture e_soft instead, the other row of Table 3a
     returns   z_hat (B, L), the sampled draft, and e (B, L, d): E[z_hat] bit for bit unless soft
     """
-    logits, E = logits.float() / temperature, E.float()
-    z_hat = draw(logits, 1.0, generator)                            # Eq. 4, z_hat ~ p_theta
+    logits, E = logits.float(), E.float()
+    z_hat = draw(logits, temperature, generator)                    # Eq. 4, z_hat ~ p_theta
     with torch.autocast(logits.device.type, enabled=False):         # the codes are compared exactly
-        e_soft = logits.softmax(-1) @ E                             # (B, L, d), the mean code
+        # the mean code. At temperature 1, also of colder drafts: a token that is nearly sure would
+        # get nearly no gradient, right or wrong
+        e_soft = logits.softmax(-1) @ E                             # (B, L, d)
     if soft:
         return z_hat, e_soft
     # Eq. 8: the bracket is exactly 0, its gradient is that of e_soft. The other common order,
