@@ -390,8 +390,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(G):
-    """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular values
-    to 0.7 ... 1.2."""
+    """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular
+    values to 0.7 ... 1.2."""
     X = G.T if len(G) > G.shape[1] else G
     X = X / X.norm().clamp(min=1e-7)
     for _ in range(5):

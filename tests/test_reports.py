@@ -20,7 +20,8 @@ from models import INCEPTION, ConvNet, MaskGen, MaskGIT, Words
 from tokenizer import VQGAN
 
 CONFIG = dict(dataset="shapes", smoke=True, data="", anywhere=False, seed=0, guidance=2.0,
-              confidence_noise=2.0, init_mask=0.9, temperature=1.0, remask=(0.1, 0.9), teacher_cfg=2.0)
+              confidence_noise=2.0, init_mask=0.9, temperature=1.0, remask=(0.1, 0.9),
+              teacher_cfg=2.0)
 
 
 def part_of(cls, **args):
