@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import fpd
-from models import INCEPTION, find_inception, load_inception
+from models import INCEPTION, WEIGHTS, find_inception, load_inception
 from sample import (Parser, batches, check_seed, check_writable, decode, digest, generate,
                     load_models, model_arguments, run_command, sheet, shown, tell_cut, tokens,
                     write_json, write_whole)
@@ -907,7 +907,7 @@ def official_report(args, run, folder, stem, device):
     returns        the content of report.json; prints the table
     """
     files = folder_files(args) if args.folder else None
-    path = find_inception(args.weights or "weights")
+    path = find_inception(args.weights or WEIGHTS)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     protocol, warnings = official_protocol(args, run, device, path, sha)
     extract = partial(load_inception(path).to(device), path=args.inception_path)

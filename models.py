@@ -31,6 +31,10 @@ from tokenizer import (SCENE_WORDS, count, load_strictly, parse_caption, read_we
 
 
 # ---------------------------------------------------------------- where pretrained weights are
+# The folder of official files, where --weights names no other
+WEIGHTS = "weights"
+
+
 def find_weights(part, folder, name, repo, filename):
     """Path of a weight file: <folder>/<name>, else the hub's (its cache, a download).
 

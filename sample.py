@@ -33,8 +33,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import fpd
-from models import (CLIP_FILE, CLIP_REPO, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words,
-                    find_weights, imagenet_names, load_maskgen, load_maskgit, load_text_encoder)
+from models import (CLIP_FILE, CLIP_REPO, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder,
+                    Words, find_weights, imagenet_names, load_maskgen, load_maskgit,
+                    load_text_encoder)
 from tokenizer import (SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan,
                        read_weights, to_uint8)
 
@@ -140,7 +141,7 @@ def official_files(dataset, teacher, weights):
     weights    the folder to look in before the hub; ValueError where it is none
     """
     # weights/ itself need not be there: the hub may have all
-    if weights != "weights" and not Path(weights).is_dir():
+    if weights != WEIGHTS and not Path(weights).is_dir():
         raise ValueError(f"--weights {weights} is not a folder")
     return {part: partial(find_weights, part, weights, official_name(repo, file), repo, file)
             for part, (repo, file, _) in OFFICIAL[dataset].items() if teacher or part != "teacher"}
@@ -305,7 +306,7 @@ def find_files_of_run(path, dataset, parts, teacher, weights):
     weights    the folder to look in, not where they were; None: where they were, else in weights/
     ValueError when one is missing or another than the run was made with
     """
-    finders = official_files(dataset, teacher, weights or "weights")
+    finders = official_files(dataset, teacher, weights or WEIGHTS)
     if not weights:
         finders |= {part: partial(Path, parts[part]["file"]) for part in finders
                     if Path(parts[part]["file"]).is_file()}
@@ -522,7 +523,7 @@ def load_models(args, device, teacher, public=False):
     if args.student or args.dataset or (no_run_at_all and public):
         dataset = args.dataset or "imagenet"
         print(f"no run: the public networks of {dataset}")
-        return load_public(dataset, args.student, teacher, args.weights or "weights",
+        return load_public(dataset, args.student, teacher, args.weights or WEIGHTS,
                            args.init_mask, device)
     path = args.run or newest_run()
     run = load_run(path, device, teacher, args.weights)

@@ -60,8 +60,8 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import (FEATURE_NETWORKS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder, Words,
-                    find_backbone, imagenet_names, load_backbone)
+from models import (FEATURE_NETWORKS, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder,
+                    Words, find_backbone, imagenet_names, load_backbone)
 
 try:
     import fcntl
@@ -95,7 +95,7 @@ class Config:
     classifier_steps: int = 400       # Phi and the judge, batch 64
     teacher_steps: int = 1400         # MaskGIT, batch 64
     # official networks of imagenet and laion
-    weights: str = "weights"          # folder of their files, which else come from the hub
+    weights: str = WEIGHTS            # folder of their files, which else come from the hub
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm
     blocks: tuple = (2, 5, 8, 11)     # of the backbone, whose outputs are compared (Table 4b)
     # sampling; by default as the public MaskGIT is sampled
@@ -392,12 +392,14 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(G):
     """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular
     values to 0.7 ... 1.2."""
-    X = G.T if len(G) > G.shape[1] else G
-    X = X / X.norm().clamp(min=1e-7)
+    if len(G) > G.shape[1]:
+        # the smaller of the two Gram matrices
+        return orthogonalised(G.T).T
+    X = G / G.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = X @ X.T
         X = 3.4445 * X + (2.0315 * gram @ gram - 4.7750 * gram) @ X
-    return X.T if len(G) > G.shape[1] else X
+    return X
 
 
 class Training:
@@ -423,6 +425,7 @@ class Training:
         self.opts = [torch.optim.AdamW(of_adam, lr=lr, betas=(0.9, 0.95),
                                        weight_decay=weight_decay)]
         if matrices:
+            # twice as large a step as AdamW's
             self.opts.append(Muon(matrices, lr=2 * lr, weight_decay=weight_decay))
         # total_steps 10 would divide by 0
         total = max(n + 1, 11)

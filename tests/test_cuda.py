@@ -306,6 +306,7 @@ def distil(world, flags):
         parts = parts_of(world)
         parts.real_files = parts.discriminator_files = []
         train.distil(cfg, parts, Path("runs/none"), "cuda", counter.mark)
+        # images are drawn outside of the steps, where the host may wait
         counter.step = 0
         if cfg.dataset in sample.OFFICIAL:
             draw_images(parts, cfg)
@@ -326,8 +327,8 @@ def inception():
     with FakeTensorMode(), Counter() as counter:
         with torch.device("cuda"):
             network = models.Inception().eval()
+        images = torch.zeros(8, 3, 256, 256, dtype=torch.uint8)
         for path in ("pytorch-fid", "legacy"):
-            images = torch.zeros(8, 3, 256, 256, dtype=torch.uint8)
             features, logits = network(images, path)
             assert features.device.type == logits.device.type == "cuda"
     return counter
