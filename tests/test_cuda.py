@@ -2,21 +2,22 @@
 
 The rehearsal runs `train.distil` at full size on torch's fake tensors: every kernel is checked for
 device, type and shape, nothing is computed and no memory is taken. What it counts on the way: the
-memory that the GPU would need, and how often the host would wait for it. It has processes of its
-own, since it changes torch for good: this file is also the program that they run,
+memory that the GPU would need, and how often the host would wait for it. Each has a process of its
+own, since it changes torch for good: this file is also the program that starts them,
 
-    python tests/test_cuda.py shapes gan      # names in REHEARSALS -> a line of JSON for each
+    python tests/test_cuda.py                 # all of REHEARSALS -> a line of JSON for each
 """
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 import types
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -334,17 +335,27 @@ def inception():
     return counter
 
 
+# The longest first: nobody waits for one that begins last
 REHEARSALS = {
-    "shapes": lambda: distil(shapes_world, []),
-    "dimo": lambda: distil(shapes_world, ["--method", "dimo"]),
-    # the second of two steps is in another of its rounds
-    "sdtt": lambda: distil(shapes_world, ["--method", "sdtt", "--steps", "2"]),
-    "gan": lambda: distil(wide_world, ["--gan-weight", "0.5"]),
-    "imagenet": lambda: distil(imagenet_world, ["--dataset", "imagenet"]),
     "laion": lambda: distil(laion_world, ["--dataset", "laion", "--captions", __file__,
                                           "--lift-chunk", "32"]),
+    "gan": lambda: distil(wide_world, ["--gan-weight", "0.5"]),
+    "imagenet": lambda: distil(imagenet_world, ["--dataset", "imagenet"]),
+    "shapes": lambda: distil(shapes_world, []),
+    # the second of two steps is in another of its rounds
+    "sdtt": lambda: distil(shapes_world, ["--method", "sdtt", "--steps", "2"]),
+    "dimo": lambda: distil(shapes_world, ["--method", "dimo"]),
     "inception": inception,
 }
+
+
+def rehearse(name):
+    """-> what is printed of it"""
+    try:
+        counter = REHEARSALS[name]()
+    except Exception:
+        return dict(name=name, error=traceback.format_exc())
+    return dict(name=name, peak=counter.peak / 1e9, waits=counter.waits)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -352,7 +363,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """-> function: a name in REHEARSALS -> what its process says. Two of them run at a time."""
+    """-> {name in REHEARSALS: what its process says}"""
     if sys.platform != "linux" or shutil.which("c++") is None:
         pytest.skip("the GPU that is not there is made with a C++ compiler, on Linux")
     folder, torch_folder = tmp_path_factory.mktemp("no_card"), Path(torch.__file__).parent
@@ -363,21 +374,11 @@ def rehearsal(tmp_path_factory):
                     f"-Wl,-rpath,{torch_folder}/lib"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "NO_CARD": str(library),
                    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-    def run(names):
-        return subprocess.run([sys.executable, __file__, *names], env=environment,
-                              capture_output=True, text=True)
-    with ThreadPoolExecutor(2) as pool:
-        groups = [["laion"], ["imagenet"], ["gan"], ["shapes", "dimo", "sdtt", "inception"]]
-        running = {name: pool.submit(run, group) for group in groups for name in group}
-
-        def result(name):
-            done = running[name].result()
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            found = {line["name"]: line for line in map(json.loads, lines)}
-            assert name in found, done.stderr[-3000:]
-            return found[name]
-        yield result
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {one["name"]: one for one in said}
 
 
 # ------------------------------------------------------------------------------ without a GPU
@@ -385,14 +386,15 @@ def rehearsal(tmp_path_factory):
 @pytest.mark.parametrize("name", REHEARSALS)
 def test_rehearsal(rehearsal, name):
     """Every kernel finds its tensors on the GPU, with types that fit; no step waits for the GPU."""
-    waits = [wait for wait in rehearsal(name)["waits"] if wait[0] > 0]
-    assert waits == []
+    said = rehearsal[name]
+    assert "error" not in said, said["error"]
+    assert [wait for wait in said["waits"] if wait[0] > 0] == []
 
 
 @pytest.mark.slow
 def test_memory(rehearsal):
     """GB at the most, counted: ImageNet's paper settings fit a card of 24 GB."""
-    assert rehearsal("imagenet")["peak"] < 22
+    assert rehearsal["imagenet"]["peak"] < 22
 
 
 # ------------------------------------------------------------------------------ with a GPU
@@ -440,7 +442,7 @@ def test_the_gpu_is_never_waited_for(small_run, flags, monkeypatch):
 
 
 if __name__ == "__main__":
-    pretend()
-    for name in sys.argv[1:]:
-        counter = REHEARSALS[name]()
-        print(json.dumps(dict(name=name, peak=counter.peak / 1e9, waits=counter.waits)))
+    # forks of this process, which has imported everything; two of them run at a time
+    with multiprocessing.get_context("fork").Pool(2, pretend, maxtasksperchild=1) as pool:
+        for said in pool.imap_unordered(rehearse, REHEARSALS):
+            print(json.dumps(said))
