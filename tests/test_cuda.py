@@ -338,7 +338,7 @@ def inception():
 # The longest first: nobody waits for one that begins last
 REHEARSALS = {
     "laion": lambda: distil(laion_world, ["--dataset", "laion", "--captions", __file__,
-                                          "--lift-chunk", "32"]),
+                                          "--lift-chunk", "64"]),
     "gan": lambda: distil(wide_world, ["--gan-weight", "0.5"]),
     "imagenet": lambda: distil(imagenet_world, ["--dataset", "imagenet"]),
     "shapes": lambda: distil(shapes_world, []),
