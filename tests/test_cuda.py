@@ -442,6 +442,8 @@ def test_the_gpu_is_never_waited_for(small_run, flags, monkeypatch):
 
 
 if __name__ == "__main__":
+    # fake tensors import it at their first use: now, once for all
+    import torch._dynamo
     # forks of this process, which has imported everything; two of them run at a time
     with multiprocessing.get_context("fork").Pool(2, pretend, maxtasksperchild=1) as pool:
         for said in pool.imap_unordered(rehearse, REHEARSALS):

@@ -142,7 +142,9 @@ def test_a_prompt_draws_the_same_pictures_whatever_their_number(dataset, size, r
         assert said in done.stdout and "smoke run" in done.stdout
     three, again, one, other = (tiles(folder / f"{name}.png", size)
                                 for name in ("three", "again", "one", "other"))
-    assert (three == again).all() and (three[:1] == one).all() and len(three) == 3
+    assert (three == again).all() and len(three) == 3
+    # the same tokens; in a batch of another size float32 rounds otherwise, here by 8e-7
+    assert np.abs(three[:1].astype(int) - one).max() <= 1
     assert (three[0] != three[1]).any() and (three != other).any()
 
 
