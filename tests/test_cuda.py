@@ -68,6 +68,8 @@ extern "C" void no_card() {
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 COPYING = (aten._to_copy.default, aten.copy_.default)
+# of matrices, whose types fake tensors do not compare
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 # ------------------------------------------------------------------- the rehearsal: a card of paper
@@ -207,11 +209,14 @@ class Counter(TorchDispatchMode):
     def free(self, key):
         self.live -= self.known.pop(key)
 
-    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, kernel, _, args=(), kwargs=None):
         if kernel is torch.ops.prim.device.default:
             return args[0].fake_device
         kwargs = kwargs or {}
         devices = {x.device.type for x in tensors(args)}
+        if kernel in PRODUCTS:
+            types = {x.dtype for x in tensors(args)}
+            assert len(types) == 1, f"{kernel} of {types}"
         if kernel is aten._local_scalar_dense.default:
             # a number is read. There is none; 1 is "yes" as well
             if devices == {"cuda"}:
