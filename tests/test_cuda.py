@@ -209,14 +209,14 @@ class Counter(TorchDispatchMode):
     def free(self, key):
         self.live -= self.known.pop(key)
 
-    def __torch_dispatch__(self, kernel, _, args=(), kwargs=None):
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
         if kernel is torch.ops.prim.device.default:
             return args[0].fake_device
         kwargs = kwargs or {}
         devices = {x.device.type for x in tensors(args)}
         if kernel in PRODUCTS:
-            types = {x.dtype for x in tensors(args)}
-            assert len(types) == 1, f"{kernel} of {types}"
+            dtypes = {x.dtype for x in tensors(args)}
+            assert len(dtypes) == 1, f"{kernel} of {dtypes}"
         if kernel is aten._local_scalar_dense.default:
             # a number is read. There is none; 1 is "yes" as well
             if devices == {"cuda"}:
@@ -379,8 +379,9 @@ def rehearsal(tmp_path_factory):
                     f"-Wl,-rpath,{torch_folder}/lib"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "NO_CARD": str(library),
                    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # a pool would wait for ever for a process that crashed
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
-                          text=True)
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {one["name"]: one for one in said}
