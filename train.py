@@ -93,7 +93,7 @@ class Config:
     # preparation of the small worlds: once, shared by all seeds
     tokenizer_steps: int = 900        # VQGAN, batch 32
     classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 1400         # MaskGIT, batch 64
+    teacher_steps: int = 1200         # MaskGIT or MaskGen, batch 64
     # official networks of imagenet and laion
     weights: str = WEIGHTS            # folder of their files, which else come from the hub
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm
@@ -145,8 +145,7 @@ SMALL = dict(batch=64, steps=320, lr=3e-4, decay=0.7, ema=0.985, init_mask=0.98,
              blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Scenes: there are 12,000 captions where shapes has 24 classes: a lower learning rate, and no
 # change to how text is read
-SCENES = SMALL | dict(steps=400, lr=1e-4, confidence_noise=0.7, freeze_text=True,
-                      teacher_steps=1200)
+SCENES = SMALL | dict(steps=400, lr=1e-4, confidence_noise=0.7, freeze_text=True)
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
              confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])       # Sec. 4.1
 # The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas,
@@ -560,9 +559,11 @@ def train_tokenizer(cfg, device, training):
 def train_classifier(cfg, device, split, width, training):
     """Phi or the judge: a classifier of the world's classes; of scenes, of what is there.
 
-    Phi has to paint the image from its last map besides: a classifier forgets what no class
-    depends on, such as the ground and the place, and what Phi does not see the drift cannot put
-    right. (DINOv3, which learned without classes, keeps it.)   split "phi" | "judge"
+    Phi has to paint besides, from every place of its last map: its own pixels, and the whole image
+    in small. A classifier forgets what no class depends on, such as the ground; and since drafts
+    are compared place by place, all places make one choice only if each sees what the others show.
+    What Phi does not see the drift cannot put right. (DINOv3, which learned without classes and
+    whose places look at each other, sees both.)   split "phi" | "judge"
     """
     images, labels, names = tok.world(cfg, split)
     loss_of = F.cross_entropy
@@ -573,8 +574,8 @@ def train_classifier(cfg, device, split, width, training):
         loss_of = F.binary_cross_entropy_with_logits
     args = dict(num_classes=len(names), width=width)
     net = ConvNet(**args).to(device)
-    # every place of the last map: 8 x 8 pixels
-    painter = nn.Conv2d(4 * width, 3 * 8 ** 2, 1).to(device)
+    # its own 8 x 8 pixels, and the 32 x 32 of the image as 8 x 8
+    painter = nn.Conv2d(4 * width, 2 * 3 * 8 ** 2, 1).to(device)
     trained = nn.ModuleList([net, painter]) if split == "phi" else net
     for _ in training.steps(trained, cfg.classifier_steps, 3e-3, weight_decay=0.01):
         i = torch.randint(len(images), (64,))
@@ -582,7 +583,10 @@ def train_classifier(cfg, device, split, width, training):
         last = net.maps(x)[-1]                                                  # (B, D, 4, 4)
         loss = loss_of(net.head(last.mean((2, 3))), target)
         if split == "phi":
-            loss = loss + 5 * F.mse_loss(F.pixel_shuffle(painter(last), 8), x)
+            own, whole = painter(last).chunk(2, 1)                              # (B, 192, 4, 4)
+            small = F.avg_pool2d(x, 4).flatten(1)[:, :, None, None]             # (B, 192, 1, 1)
+            loss = loss + 5 * F.mse_loss(F.pixel_shuffle(own, 8), x)
+            loss = loss + 5 * (whole - small).pow(2).mean()
         training.update(loss)
     return net, args
 
