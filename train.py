@@ -91,9 +91,9 @@ class Config:
     ablations: int = 0                # seeds for each row of ABLATIONS; 0: a single run
     seed: int = 0                     # of the distillation, its samples and its report
     # preparation of the small worlds: once, shared by all seeds
-    tokenizer_steps: int = 900        # VQGAN, batch 32
-    classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 1200         # MaskGIT or MaskGen, batch 64
+    tokenizer_steps: int = 600        # VQGAN, batch 32
+    classifier_steps: int = 200       # Phi and the judge, batch 64
+    teacher_steps: int = 1000         # MaskGIT or MaskGen, batch 64
     # official networks of imagenet and laion
     weights: str = WEIGHTS            # folder of their files, which else come from the hub
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm
@@ -140,7 +140,7 @@ MARGIN = 1.1
 # What the small worlds change: their student is 200 times smaller and trains for minutes. All
 # drafts of a step are of one class, so that each has neighbours to learn from. z_init shows one
 # random code of 64: with more of them they contradict each other, and more grounds stay undecided
-SMALL = dict(batch=64, steps=320, lr=3e-4, decay=0.7, ema=0.985, init_mask=0.98,
+SMALL = dict(batch=64, steps=320, lr=2e-4, decay=0.7, ema=0.985, init_mask=0.98,
              temperature=0.3, per_class=64, guidance=2.0, confidence_noise=2.0,
              blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Scenes: there are 12,000 captions where shapes has 24 classes: a lower learning rate, and no
@@ -365,11 +365,15 @@ def check_files(cfg):
 
 
 # --------------------------------------------------------------------------------- preparation
+# Ends of the names of what has two dimensions and multiplies nothing
+TABLES = ("emb.weight", "embedding.weight", "embeddings.weight", "bias")
+
+
 class Muon(torch.optim.Optimizer):
     """Steps along matrices with equal singular values (Jordan et al. 2024), in float32.
 
     torch.optim.Muon does the same in bfloat16, which most CPUs only emulate: there the teacher's
-    four minutes would be half an hour.
+    minutes would be half an hour. Nor does it take the filters of a convolution.
     """
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
@@ -383,10 +387,12 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 1 - momentum)
-                direction = orthogonalised(p.grad.lerp(state["mean"], momentum))
+                # a filter is a matrix, too: (out, in, h, w) -> (out, in h w)
+                update = p.grad.lerp(state["mean"], momentum).flatten(1)
+                direction = orthogonalised(update).view_as(p)
                 p.mul_(1 - lr * group["weight_decay"])
                 # as large as a step of AdamW
-                p.sub_(direction, alpha=0.2 * math.sqrt(max(p.shape)) * lr)
+                p.sub_(direction, alpha=0.2 * math.sqrt(max(update.shape)) * lr)
 
 
 def orthogonalised(G):
@@ -403,30 +409,29 @@ def orthogonalised(G):
 
 
 class Training:
-    """The short training of one part: AdamW, Muon for some of its matrices.
+    """The short training of one part: Muon for what multiplies, AdamW for tables and vectors.
 
-    The learning rate has one cycle. Every `save_every` steps, and when a signal asks to stop, all
+    By AdamW alone each needs twice as many steps, and the tokenizer depends more on chance. The
+    learning rate has one cycle. Every `save_every` steps, and when a signal asks to stop, all
     that changes is saved in `file`: the same command goes on from there, to the same result.
     """
     def __init__(self, part, file, save_every):
         self.part, self.file, self.save_every, self.bar = part, file, save_every, None
 
-    def steps(self, network, n, lr, weight_decay=0.0, clip=math.inf, also=(), matrices=()):
+    def steps(self, network, n, lr, weight_decay=0.0, clip=math.inf, also=()):
         """0 ... n - 1, with a bar.
 
         clip       gradient norm
         also       what changes as well: tensors, generators
-        matrices   parameters for Muon
         """
         self.parameters, self.clip = list(network.parameters()), clip
-        # tensors hash by identity
-        of_muon = set(matrices)
-        of_adam = [p for p in self.parameters if p not in of_muon]
-        self.opts = [torch.optim.AdamW(of_adam, lr=lr, betas=(0.9, 0.95),
-                                       weight_decay=weight_decay)]
-        if matrices:
-            # twice as large a step as AdamW's
-            self.opts.append(Muon(matrices, lr=2 * lr, weight_decay=weight_decay))
+        of_muon, of_adam = [], []
+        for name, p in network.named_parameters():
+            multiplies = p.ndim in (2, 4) and not name.endswith(TABLES)
+            (of_muon if multiplies else of_adam).append(p)
+        # twice as large a step as AdamW's
+        self.opts = [torch.optim.AdamW(of_adam, lr, betas=(0.9, 0.95), weight_decay=weight_decay),
+                     Muon(of_muon, 2 * lr, weight_decay)]
         # total_steps 10 would divide by 0
         total = max(n + 1, 11)
         self.scheds = [torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]["lr"],
@@ -606,12 +611,8 @@ def train_teacher(cfg, device, vq, text, training):
     teacher = (MaskGen if text else MaskGIT)(**args).to(device)
     sample.set_text(text, teacher)
     generator = torch.Generator(device).manual_seed(0)
-    # Muon for what multiplies, not for tables: a better teacher in fewer steps than by AdamW alone
-    tables = ("emb.weight", "embeddings.weight", "bias")
-    matrices = [p for name, p in teacher.named_parameters()
-                if p.ndim == 2 and not name.endswith(tables)]
     for step in training.steps(teacher, cfg.teacher_steps, 2e-3, weight_decay=0.03, clip=1.0,
-                               also=[generator], matrices=matrices):
+                               also=[generator]):
         i = torch.randint(len(z), (64,), device=device)
         r = fpd.sample_ratio(64, 0, 1, generator, device)                       # (B,)
         z_masked, is_masked = fpd.remask(z[i], r, vq.K, generator)              # (B, L)
