@@ -768,10 +768,11 @@ class VQGAN(nn.Module):
     attn_levels   levels with attention
     groups        of the group norms (32 in the official network; as many groups as channels would
                   erase brightness in a small one)
+    l2norm        encoder outputs and codes have length 1 (ViT-VQGAN, Yu et al. 2022)
     .E (K, d) the codebook   .L tokens per image
     """
     def __init__(self, K=128, d=8, ch=16, ch_mult=(1, 2, 2), blocks=1, attn_levels=(),
-                 z_channels=32, groups=4, image_size=32):
+                 z_channels=32, groups=4, image_size=32, l2norm=False):
         super().__init__()
         self.encoder = Encoder(ch, ch_mult, blocks, attn_levels, z_channels, groups)
         self.decoder = Decoder(ch, ch_mult, blocks, attn_levels, z_channels, groups)
@@ -779,7 +780,7 @@ class VQGAN(nn.Module):
         self.quantize.embedding = nn.Embedding(K, d)
         self.quant_conv = nn.Conv2d(z_channels, d, 1)
         self.post_quant_conv = nn.Conv2d(d, z_channels, 1)
-        self.K = K
+        self.K, self.l2norm = K, l2norm
         self.L = (image_size // 2 ** (len(ch_mult) - 1)) ** 2
         self.image_size = image_size
         # rows of length about 1
@@ -787,11 +788,13 @@ class VQGAN(nn.Module):
 
     @property
     def E(self):
-        return self.quantize.embedding.weight
+        E = self.quantize.embedding.weight
+        return F.normalize(E, dim=-1) if self.l2norm else E
 
     def embed(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, L, d) before quantisation."""
-        return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
+        e = self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
+        return F.normalize(e, dim=-1) if self.l2norm else e
 
     def nearest(self, e):
         """(B, L, d) -> z (B, L): the code with the smallest squared distance."""
@@ -938,11 +941,6 @@ class TATiTok(nn.Module):
         self.quantize.embedding = nn.Embedding(K, d)
         nn.init.normal_(self.quantize.embedding.weight, std=d ** -0.5)
 
-    @property
-    def E(self):
-        E = self.quantize.embedding.weight
-        return F.normalize(E, dim=-1) if self.l2norm else E
-
     def embed(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, L, d) before quantisation.
 
@@ -959,7 +957,7 @@ class TATiTok(nn.Module):
         return e.flatten(2).transpose(1, 2)
 
     # where all codes have length 1, that of e does not matter
-    nearest = VQGAN.nearest
+    E, nearest = VQGAN.E, VQGAN.nearest
 
     def encode(self, images):
         """(B, 3, H, W) in [-1, 1] -> z (B, L) long. The order is learned, not a place."""

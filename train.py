@@ -91,9 +91,9 @@ class Config:
     ablations: int = 0                # seeds for each row of ABLATIONS; 0: a single run
     seed: int = 0                     # of the distillation, its samples and its report
     # preparation of the small worlds: once, shared by all seeds
-    tokenizer_steps: int = 900        # VQGAN, batch 32
-    classifier_steps: int = 400       # Phi and the judge, batch 64
-    teacher_steps: int = 1400         # MaskGIT, batch 64
+    tokenizer_steps: int = 600        # VQGAN, batch 32
+    classifier_steps: int = 200       # Phi and the judge, batch 64
+    teacher_steps: int = 1200         # MaskGIT or MaskGen, batch 64
     # official networks of imagenet and laion
     weights: str = WEIGHTS            # folder of their files, which else come from the hub
     backbone: str = "vit_base_patch16_dinov3.lvd1689m"   # any vision transformer of timm
@@ -137,26 +137,19 @@ WARMUP = 20
 # ImageNet at batch 32 took 30.1 GB at most, 14.9 with lift_chunk 8, MaskGen-L at batch 64 48.8 GB,
 # 31.8 with lift_chunk 16; `memory` without this margin says 29.6, 15.0, 46.5, 31.8
 MARGIN = 1.1
-# What the small worlds change: their student is 200 times smaller and trains for minutes. All
-# drafts of a step are of one class, so that each has neighbours to learn from. z_init shows one
-# random code of 64: with more of them they contradict each other, and more grounds stay undecided
-SMALL = dict(batch=64, steps=320, lr=3e-4, decay=0.7, ema=0.985, init_mask=0.98,
-             temperature=0.3, per_class=64, guidance=2.0, confidence_noise=2.0,
-             blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
-# Scenes: there are 12,000 captions where shapes has 24 classes: a lower learning rate, and no
-# change to how text is read
-SCENES = SMALL | dict(steps=400, lr=1e-4, confidence_noise=0.7, freeze_text=True,
-                      teacher_steps=1200)
+# What the small worlds change: their student is 200 times smaller and trains for minutes
+SMALL = dict(batch=64, steps=240, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
+             per_class=32, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
+             sample_every=80, save_every=50)
+# Scenes: there are 12,000 captions where shapes has 24 classes: no change to how text is read
+SCENES = SMALL | dict(steps=400, confidence_noise=0.7, freeze_text=True)
 LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
              confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])       # Sec. 4.1
-# The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas,
-# and neither compares drafts with each other
-METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, per_class=1),
-           "sdtt": dict(init_mask=1.0, per_class=1)}
-# ... and in the small worlds. SDTT: its last round, the one that counts, needs a learning rate;
-# without codes in z_init the sampling is its only noise, so it stays warm
-SMALL_METHODS = {"fpd": {}, "dimo": dict(temperature=1.0, per_class=1),
-                 "sdtt": dict(init_mask=1.0, decay=0.25, temperature=1.0, per_class=1)}
+# The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas, and
+# neither compares drafts with each other. SDTT's last round, the one that counts, needs a learning
+# rate; without codes in z_init the sampling is its only noise, so it stays warm
+METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=1),
+           "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=1, decay=0.25)}
 # --smoke. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are
 # the same as 4
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32,
@@ -169,15 +162,15 @@ ABLATIONS = [
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
     ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, per_class=16), 0.42),
     ("3a", "STE + GAN", dict(gan_weight=0.5, per_class=16), 0.45),
-    ("", "4 classes of 16 drafts", dict(per_class=16), None),
+    ("", "16 drafts of a class", dict(per_class=16), None),
     ("3b", "random draft", dict(draft="random"), 0.22),
     ("4a", "pixel space", dict(space="pixel"), 0.21),
     ("4a", "one bandwidth", dict(bandwidths=(0.05,)), 0.41),
     ("4b", "pooled, grid 1", dict(grid=1), 0.34),
     ("4b", "shallow blocks", dict(blocks=(0, 1)), 0.35),
     ("4b", "deep blocks", dict(blocks=(2, 3)), 0.42),
-    ("2", "Di[M]O", dict(method="dimo", **SMALL_METHODS["dimo"]), None),
-    ("2", "SDTT", dict(method="sdtt", **SMALL_METHODS["sdtt"]), None)]
+    ("2", "Di[M]O", dict(method="dimo", **METHODS["dimo"]), None),
+    ("2", "SDTT", dict(method="sdtt", **METHODS["sdtt"]), None)]
 # What a run was made of: --resume cannot change it
 FIXED = ("dataset", "method", "data", "captions", "anywhere", "smoke", "tokenizer_steps",
          "classifier_steps", "teacher_steps", "backbone", "blocks", "init_mask")
@@ -217,10 +210,8 @@ def parse(argv=None):
 def default_settings(typed):
     """What the data set, the method and --smoke that were typed change. -> dict"""
     dataset, method = typed.get("dataset", "shapes"), typed.get("method", "fpd")
-    if dataset in sample.OFFICIAL:
-        settings = (LAION if dataset == "laion" else {}) | METHODS.get(method, {})
-    else:
-        settings = (SCENES if dataset == "scenes" else SMALL) | SMALL_METHODS.get(method, {})
+    worlds = {"imagenet": {}, "laion": LAION, "scenes": SCENES}
+    settings = worlds.get(dataset, SMALL) | METHODS.get(method, {})
     return settings | SMOKE if typed.get("smoke") else settings
 
 
@@ -370,7 +361,7 @@ class Muon(torch.optim.Optimizer):
     """Steps along matrices with equal singular values (Jordan et al. 2024), in float32.
 
     torch.optim.Muon does the same in bfloat16, which most CPUs only emulate: there the teacher's
-    four minutes would be half an hour.
+    minutes would be half an hour. Nor does it take the filters of a convolution.
     """
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
@@ -384,10 +375,12 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 1 - momentum)
-                direction = orthogonalised(p.grad.lerp(state["mean"], momentum))
+                # a filter is a matrix, too: (out, in, h, w) -> (out, in h w)
+                update = p.grad.lerp(state["mean"], momentum).flatten(1)
+                direction = orthogonalised(update).view_as(p)
                 p.mul_(1 - lr * group["weight_decay"])
                 # as large as a step of AdamW
-                p.sub_(direction, alpha=0.2 * math.sqrt(max(p.shape)) * lr)
+                p.sub_(direction, alpha=0.2 * math.sqrt(max(update.shape)) * lr)
 
 
 def orthogonalised(G):
@@ -404,30 +397,32 @@ def orthogonalised(G):
 
 
 class Training:
-    """The short training of one part: AdamW, Muon for some of its matrices.
+    """The short training of one part: Muon for what multiplies, AdamW for tables and vectors.
 
-    The learning rate has one cycle. Every `save_every` steps, and when a signal asks to stop, all
+    By AdamW alone each needs twice as many steps, and the tokenizer depends more on chance. The
+    learning rate has one cycle. Every `save_every` steps, and when a signal asks to stop, all
     that changes is saved in `file`: the same command goes on from there, to the same result.
     """
+    # ends of the names of what has two dimensions and multiplies nothing
+    TABLES = ("emb.weight", "embedding.weight", "embeddings.weight", "bias")
+
     def __init__(self, part, file, save_every):
         self.part, self.file, self.save_every, self.bar = part, file, save_every, None
 
-    def steps(self, network, n, lr, weight_decay=0.0, clip=math.inf, also=(), matrices=()):
+    def steps(self, network, n, lr, weight_decay=0.0, clip=math.inf, also=()):
         """0 ... n - 1, with a bar.
 
         clip       gradient norm
         also       what changes as well: tensors, generators
-        matrices   parameters for Muon
         """
         self.parameters, self.clip = list(network.parameters()), clip
-        # tensors hash by identity
-        of_muon = set(matrices)
-        of_adam = [p for p in self.parameters if p not in of_muon]
-        self.opts = [torch.optim.AdamW(of_adam, lr=lr, betas=(0.9, 0.95),
-                                       weight_decay=weight_decay)]
-        if matrices:
-            # twice as large a step as AdamW's
-            self.opts.append(Muon(matrices, lr=2 * lr, weight_decay=weight_decay))
+        of_muon, of_adam = [], []
+        for name, p in network.named_parameters():
+            multiplies = p.ndim in (2, 4) and not name.endswith(self.TABLES)
+            (of_muon if multiplies else of_adam).append(p)
+        # twice as large a step as AdamW's
+        self.opts = [torch.optim.AdamW(of_adam, lr, betas=(0.9, 0.95), weight_decay=weight_decay),
+                     Muon(of_muon, 2 * lr, weight_decay)]
         # total_steps 10 would divide by 0
         total = max(n + 1, 11)
         self.scheds = [torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]["lr"],
@@ -501,6 +496,7 @@ def reseed_codes(vq, e, z, usage, everything=False):
     usage        (K,) decayed counts, changed in place like the codebook
     everything   at the start: all codes are placed by k-means
     """
+    codes = vq.quantize.embedding.weight                                        # (K, d)
     if everything:
         centres = e[torch.randperm(len(e))[:vq.K]]                              # (K, d)
         for _ in range(10):
@@ -508,12 +504,12 @@ def reseed_codes(vq, e, z, usage, everything=False):
             count = torch.bincount(nearest, minlength=vq.K)[:, None]
             mean = torch.zeros_like(centres).index_add_(0, nearest, e) / count.clamp(min=1)
             centres = torch.where(count > 0, mean, e[torch.randint(len(e), (vq.K,))])
-        vq.E.copy_(centres)
+        codes.copy_(centres)
         usage.fill_(10)
     dead = usage < 1
     if dead.any():
         error = (e - vq.E[z]).pow(2).sum(1)
-        vq.E[dead] = e[torch.multinomial(error, int(dead.sum()), replacement=True)]
+        codes[dead] = e[torch.multinomial(error, int(dead.sum()), replacement=True)]
         usage[dead] = 10
 
 
@@ -523,8 +519,12 @@ def train_tokenizer(cfg, device, training):
     At this size it is sharp without a GAN. -> network, its arguments
     """
     images, _, _ = tok.world(cfg, "train")
-    # scenes: several small objects have more kinds of edges
-    args = dict(K=256) if cfg.dataset == "scenes" else {}
+    # Codes of length 1: without, the dark, middle and light ground lie on one line. The gradient of
+    # Eq. 8 is linear in the codes and never raises the one between two others: it dies out
+    args = dict(l2norm=True)
+    if cfg.dataset == "scenes":
+        # several small objects have more kinds of edges
+        args["K"] = 256
     vq = tok.VQGAN(**args).to(device)
     usage = torch.zeros(vq.K, device=device)
     # a plain autoencoder first: codes need somewhere to go
@@ -560,9 +560,11 @@ def train_tokenizer(cfg, device, training):
 def train_classifier(cfg, device, split, width, training):
     """Phi or the judge: a classifier of the world's classes; of scenes, of what is there.
 
-    Phi has to paint the image from its last map besides: a classifier forgets what no class
-    depends on, such as the ground and the place, and what Phi does not see the drift cannot put
-    right. (DINOv3, which learned without classes, keeps it.)   split "phi" | "judge"
+    Phi has to paint besides, from every place of its last map: its own pixels, and the whole image
+    in small. A classifier forgets what no class depends on, such as the ground; and since drafts
+    are compared place by place, all places make one choice only if each sees what the others show.
+    What Phi does not see the drift cannot put right. (DINOv3, which learned without classes and
+    whose places look at each other, sees both.)   split "phi" | "judge"
     """
     images, labels, names = tok.world(cfg, split)
     loss_of = F.cross_entropy
@@ -573,8 +575,8 @@ def train_classifier(cfg, device, split, width, training):
         loss_of = F.binary_cross_entropy_with_logits
     args = dict(num_classes=len(names), width=width)
     net = ConvNet(**args).to(device)
-    # every place of the last map: 8 x 8 pixels
-    painter = nn.Conv2d(4 * width, 3 * 8 ** 2, 1).to(device)
+    # its own 8 x 8 pixels, and the 32 x 32 of the image as 8 x 8
+    painter = nn.Conv2d(4 * width, 2 * 3 * 8 ** 2, 1).to(device)
     trained = nn.ModuleList([net, painter]) if split == "phi" else net
     for _ in training.steps(trained, cfg.classifier_steps, 3e-3, weight_decay=0.01):
         i = torch.randint(len(images), (64,))
@@ -582,7 +584,10 @@ def train_classifier(cfg, device, split, width, training):
         last = net.maps(x)[-1]                                                  # (B, D, 4, 4)
         loss = loss_of(net.head(last.mean((2, 3))), target)
         if split == "phi":
-            loss = loss + 5 * F.mse_loss(F.pixel_shuffle(painter(last), 8), x)
+            own, whole = painter(last).chunk(2, 1)                              # (B, 192, 4, 4)
+            small = F.avg_pool2d(x, 4).flatten(1)[:, :, None, None]             # (B, 192, 1, 1)
+            loss = loss + 5 * F.mse_loss(F.pixel_shuffle(own, 8), x)
+            loss = loss + 5 * (whole - small).pow(2).mean()
         training.update(loss)
     return net, args
 
@@ -602,12 +607,8 @@ def train_teacher(cfg, device, vq, text, training):
     teacher = (MaskGen if text else MaskGIT)(**args).to(device)
     sample.set_text(text, teacher)
     generator = torch.Generator(device).manual_seed(0)
-    # Muon for what multiplies, not for tables: a better teacher in fewer steps than by AdamW alone
-    tables = ("emb.weight", "embeddings.weight", "bias")
-    matrices = [p for name, p in teacher.named_parameters()
-                if p.ndim == 2 and not name.endswith(tables)]
     for step in training.steps(teacher, cfg.teacher_steps, 2e-3, weight_decay=0.03, clip=1.0,
-                               also=[generator], matrices=matrices):
+                               also=[generator]):
         i = torch.randint(len(z), (64,), device=device)
         r = fpd.sample_ratio(64, 0, 1, generator, device)                       # (B,)
         z_masked, is_masked = fpd.remask(z[i], r, vq.K, generator)              # (B, L)

@@ -343,7 +343,7 @@ def test_smoke_run_of_official_networks_with_the_gan(tmp_path):
 # ---------------------------------------------------------------- the table of them all
 CHANGES = {"FPD, the base": "", "soft embedding": "estimator",
            "soft + GAN": "estimator gan_weight per_class", "STE + GAN": "gan_weight per_class",
-           "4 classes of 16 drafts": "per_class", "random draft": "draft",
+           "16 drafts of a class": "per_class", "random draft": "draft",
            "pixel space": "space", "one bandwidth": "bandwidths", "pooled, grid 1": "grid",
            "shallow blocks": "blocks", "deep blocks": "blocks"}
 

@@ -168,7 +168,7 @@ WRONG = [
     ("train.py --resume --name scenes-smoke --steps 9 --dataset laion",
      "'scenes' and cannot become 'laion'"),
     ("train.py --resume --name shapes-smoke --steps 9 --init-mask 0.5",
-     "0.98 and cannot become 0.5"),
+     "0.9 and cannot become 0.5"),
     ("train.py --resume --name later --steps 9",
      "settings that this program does not know: unheard_of"),
     ("train.py --resume --name cut --steps 9", "cannot be read as a checkpoint"),

@@ -318,6 +318,23 @@ def test_straight_through_is_hard_forward_and_soft_backward(temperature):
     assert hard.abs().max() > 1e-3
 
 
+def test_a_code_between_two_others_gets_no_gradient_unless_codes_have_length_1():
+    """Why the small worlds' codes do: the gradient of Eq. 8 is linear in the codes. Where dark,
+    middle and light lie on one line, what pushes an undecided token along it raises dark or light,
+    never middle."""
+    tones = torch.tensor([-1.0, 0.0, 1.0])
+    line = torch.stack([tones, torch.zeros(3)], 1)                                  # (3, 2)
+    circle = torch.stack([tones, torch.tensor([0.0, 1.0, 0.0])], 1)
+    for E, is_raised in ((line, False), (circle, True)):
+        logits = torch.zeros(1, 1, 3, requires_grad=True)
+        _, e = fpd.straight_through(logits, E, gen())
+        for push in torch.randn(5, 2, generator=gen(1)):
+            gradient, = torch.autograd.grad((e * push).sum(), logits, retain_graph=True)
+            dark, middle, light = gradient.flatten().tolist()
+            assert abs(dark) > 0.01 and abs(light) > 0.01
+            assert (abs(middle) > 0.01) == is_raised
+
+
 def test_the_soft_estimator_returns_the_mixture_of_codes():
     """The other row of Table 3a."""
     E = torch.randn(K, 4, generator=gen())

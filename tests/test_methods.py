@@ -252,7 +252,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(method, folder, monkeypatch):
                  (whole["method"][network], halves["method"][network])):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(whole["rng"], halves["rng"]) and halves["step"] == 4
-    assert whole["config"]["init_mask"] == {"dimo": 0.98, "sdtt": 1.0}[method]
+    assert whole["config"]["init_mask"] == {"dimo": 0.6, "sdtt": 1.0}[method]
     done = in_process(f"train.py --resume --name {method} --method fpd --steps 8", folder)
     refused(done, "--method", "cannot become 'fpd'")
     # its rounds would begin anew

@@ -25,6 +25,7 @@ from conftest import ROOT, in_process, refused
 
 import evaluate
 import fpd
+import models
 import sample
 import tokenizer
 import train
@@ -244,8 +245,7 @@ def toy(file, stop=None):
     training = train.Training("toy", file, save_every=50)
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
     generator, mean = torch.Generator().manual_seed(1), torch.zeros(4)
-    for step in training.steps(net, 12, 1e-2, clip=1.0, also=[mean, generator],
-                               matrices=[net[0].weight]):
+    for step in training.steps(net, 12, 1e-2, clip=1.0, also=[mean, generator]):
         x = torch.randn(8, 4, generator=generator)
         mean.lerp_(x.mean(0), 0.1)
         training.update((net(x) - mean).pow(2).mean())
@@ -255,13 +255,34 @@ def toy(file, stop=None):
     return [*states, mean, generator.get_state(), torch.get_rng_state()]
 
 
-def test_every_weight_has_one_optimiser(tmp_path):
-    net = torch.nn.Linear(4, 4)
+@pytest.mark.parametrize("network, tables", [
+    (lambda: tokenizer.VQGAN(), {"quantize.embedding.weight"}),
+    (lambda: models.ConvNet(), set()),
+    (lambda: models.MaskGIT(), {"tok_emb.weight", "bias"}),
+    (lambda: models.MaskGen(), {"embeddings.weight"})],
+    ids=["VQGAN", "ConvNet", "MaskGIT", "MaskGen"])
+def test_every_weight_has_one_optimiser(tmp_path, network, tables):
+    """Muon has the matrices and the filters; AdamW what is looked up, added or scales."""
+    net = network()
     training = train.Training("toy", tmp_path / "none", save_every=50)
-    next(training.steps(net, 1, 1e-2, matrices=[net.weight]))
-    adam, muon = ([p for group in opt.param_groups for p in group["params"]]
+    next(training.steps(net, 1, 1e-2))
+    adam, muon = ({id(p) for group in opt.param_groups for p in group["params"]}
                   for opt in training.opts)
-    assert len(adam) == len(muon) == 1 and adam[0] is net.bias and muon[0] is net.weight
+    named = dict(net.named_parameters())
+    assert not adam & muon and adam | muon == {id(p) for p in named.values()}
+    assert {name for name, p in named.items() if p.ndim in (2, 4) and id(p) in adam} == tables
+    assert all(named[name].ndim in (2, 4) for name in named if id(named[name]) in muon)
+
+
+def test_muon_takes_a_filter_as_a_matrix():
+    start = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    a, b = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.flatten(1).clone())
+    opt = train.Muon([a, b], lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(1 + step))
+        a.grad, b.grad = gradient, gradient.flatten(1)
+        opt.step()
+    assert torch.equal(a.flatten(1), b)
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])

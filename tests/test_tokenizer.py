@@ -385,6 +385,22 @@ def test_a_code_is_its_own_nearest_code(vq):
     assert torch.equal(vq.nearest(vq.E[z]), z)
 
 
+def test_with_l2norm_embeddings_and_codes_have_length_1():
+    torch.manual_seed(0)
+    net = VQGAN(K=10, d=6, ch=4, ch_mult=(1, 2), z_channels=8, image_size=16, l2norm=True).eval()
+    x = 2 * torch.rand(3, 3, 16, 16) - 1
+    e = net.embed(x)
+    torch.testing.assert_close(e.norm(dim=-1), torch.ones(3, 64))
+    torch.testing.assert_close(net.E.norm(dim=-1), torch.ones(10))
+    # the nearest is the one with the smallest angle
+    assert torch.equal(net.encode(x), (e @ net.E.T).argmax(-1))
+    # the length of a row of the weight is no part of the code
+    E = net.E.detach().clone()
+    with torch.no_grad():
+        net.quantize.embedding.weight.mul_(torch.rand(10, 1) + 0.5)
+    torch.testing.assert_close(net.E, E)
+
+
 def test_encode_is_the_nearest_code_of_the_embedding(vq):
     x = to_float(shapes(torch.arange(4), 0))
     assert vq.embed(x).shape == (4, 64, 16)
