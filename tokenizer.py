@@ -760,7 +760,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Images <-> tokens. The defaults are the small worlds': 32 x 32 pixels, f = 4, 64 tokens.
+    """Images <-> tokens. The default sizes are the small worlds': 32 x 32 pixels, f = 4, 64 tokens.
 
     K, d          so many codes of this width
     ch, ch_mult   channels per level
