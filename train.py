@@ -138,8 +138,8 @@ WARMUP = 20
 # 31.8 with lift_chunk 16; `memory` without this margin says 29.6, 15.0, 46.5, 31.8
 MARGIN = 1.1
 # What the small worlds change: their student is 200 times smaller and trains for minutes. With 16
-# drafts of a class too few are neighbours, and shares of modes die out; drafts sampled at
-# temperature 1 all end on one ground
+# drafts of a class, not 32, the rarest ground can die out; drafts sampled at temperature 1 all end
+# on one ground
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
              per_class=32, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
              sample_every=80, save_every=50)
