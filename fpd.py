@@ -573,7 +573,8 @@ class Gan:
             networks = {"phi": parts.phi}
             self.discriminator = Discriminator(networks, self.size, width=16).to(device)
         heads = self.discriminator.discriminators.parameters()
-        self.opt = torch.optim.Adam(heads, lr=2e-4, betas=(0.0, 0.99))
+        # StyleGAN-XL's own; the paper names none
+        self.opt = torch.optim.Adam(heads, lr=2e-3, betas=(0.0, 0.99))
         self.seen = 0                                               # drafts, of all processes
         self.reader, self.ahead = ThreadPoolExecutor(1), None       # the next step's real images
 
