@@ -124,7 +124,7 @@ class MaskGIT(nn.Module):
 
     def init_weights(self):
         """Every layer begins by keeping the variance. Officially the standard deviation is 0.02
-        everywhere, which at small widths is a slow start (see README)."""
+        everywhere, which at small widths is a slow start."""
         for p in self.parameters():
             if p is self.pos_emb or p is self.tok_emb.weight:
                 nn.init.normal_(p, std=0.02)
@@ -433,7 +433,7 @@ class Words(nn.Module):
 
     So the row of "square" knows that it is blue, and above something: like CLIP's rows, it has read
     its context. (Of rows that know no more than their own word and place, the small teacher would
-    have to learn that first; in its minutes it does not. See README.)
+    have to learn that first; in its minutes it does not.)
 
     width   W       T   rows; captions have at most 8 words
     """
