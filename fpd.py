@@ -573,7 +573,7 @@ class Gan:
             networks = {"phi": parts.phi}
             self.discriminator = Discriminator(networks, self.size, width=16).to(device)
         heads = self.discriminator.discriminators.parameters()
-        # StyleGAN-XL's own; the paper names none
+        # as in StyleGAN-XL; the paper names no settings of its discriminator
         self.opt = torch.optim.Adam(heads, lr=2e-3, betas=(0.0, 0.99))
         self.seen = 0                                               # drafts, of all processes
         self.reader, self.ahead = ThreadPoolExecutor(1), None       # the next step's real images
