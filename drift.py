@@ -37,7 +37,8 @@ def double_softmax(logits, floor):
 def drift(X, Y, h, joint=True, self_negative=False, own_target=False, floor=0.0):
     """Where the drafts should move: V_h of Eq. 6, for one bandwidth.
 
-    X (B, F, D)      features of the drafts; the other drafts are the negatives X_sigma(j) of Eq. 6
+    X (B, F, D)      features of the drafts; the others are the negatives X_sigma(j) of Eq. 6,
+                     "cyclic in-batch shifts": of X by 1, 2, ..., B - 1
     Y (C, F, D)      features of the refinements; usually C = B
     h                bandwidth of the Laplace kernel exp(-distance / h), in units of the mean
                      distance: 0.02 then means the same in every feature space

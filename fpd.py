@@ -283,11 +283,13 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
     lift              a Lift: E[z] -> images -> features (Sec. 3.3)
     E (K, d)          the tokenizer's codebook
-    c (B, ...)        condition, labels or text, in runs of cfg.per_class equal ones
+    c (B, ...)        condition, labels or text, in runs of cfg.per_class equal ones. Only the
+                      drafts of a run are compared; if per_class is 1, all of the batch
     returns           loss (); logs (dict of 0-dim tensors); images (B, 3, H, W), the decoded
                       drafts, through which all of the gradient passes
     """
-    B, K, n = len(c), student.K, cfg.per_class
+    B, K = len(c), student.K
+    n = B if cfg.per_class == 1 else cfg.per_class                  # drafts that are compared
     # draft (Eq. 4): one pass over an almost hidden canvas
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)   # (B, L)
     logits = student(z_init, c)                                     # (B, L, K)

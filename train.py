@@ -112,7 +112,8 @@ class Config:
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Table 4a)
     affinity: str = "joint"           # joint | apart: attraction and repulsion normalised
     own_pair: bool = False            # True: a draft meets itself and its refinement (Eq. 6)
-    per_class: int = 16               # drafts of one class in a batch: only these are compared
+    per_class: int = 16               # drafts of one class in a batch: only these are compared;
+                                      # 1: the whole batch is, of whatever class
     freeze_text: bool = False         # the student keeps how the teacher reads captions
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
     gan_weight: float = 0.0           # lambda of Sec. 3.4, in units of the drift; 0: no GAN
@@ -318,10 +319,8 @@ def check_method(cfg):
     """The method's settings: those that are more than one number, or depend on each other."""
     if not cfg.bandwidths or min(cfg.bandwidths) <= 0:
         refuse(cfg, "bandwidths", "should be positive")
-    if cfg.per_class < 2 and cfg.method == "fpd":
-        refuse(cfg, "per_class", "should be at least 2: a draft's negatives are the other drafts")
     if cfg.batch < 2 or cfg.batch % cfg.per_class:
-        refuse(cfg, "batch", f"should be a multiple of --per-class {cfg.per_class}")
+        refuse(cfg, "batch", f"should be at least 2, and a multiple of --per-class {cfg.per_class}")
     if len(cfg.remask) != 2 or not 0 <= cfg.remask[0] < cfg.remask[1] <= 1:
         refuse(cfg, "remask", "should be two shares, the smaller first")
     if not 1 <= cfg.grid <= 32:
@@ -1463,7 +1462,7 @@ def open_log(run, start):
 
 # --------------------------------------------------------------------------------- processes
 # One for each GPU. Each draws its own conditions and drafts, and compares them among themselves
-# alone: drafts of different classes never meet in the drift anyway (per_class), and
+# alone: drafts of different classes do not meet in the drift anyway (unless per_class is 1), and
 # DistributedDataParallel's mean of the gradients is that of the mean of the losses. Only two
 # numbers are of a process's own batch that would be of all drafts in one large batch: the unit
 # of distance and the RMS of the drift.

@@ -130,7 +130,7 @@ WRONG = [
     # train.py: settings
     ("train.py --smoke --dataset cifar", "--dataset should be one of"),
     ("train.py --smoke --batch 1", "--batch"),
-    ("train.py --smoke --per-class 1", "--per-class should be at least 2"),
+    ("train.py --smoke --batch 1 --per-class 1", "--batch should be at least 2"),
     ("train.py --smoke --method dimo --per-class 0", "--per-class should be at least 1"),
     ("train.py --smoke --steps 0", "--steps should be at least 1"),
     ("train.py --smoke --seed -3", "--seed should be between 0 and"),

@@ -426,8 +426,8 @@ class System:
 
 SETTINGS = [{}, dict(estimator="soft"), dict(affinity="apart"), dict(own_pair=True),
             dict(affinity="apart", own_pair=True), dict(teacher_cfg=1.0), dict(per_class=8),
-            dict(per_class=2), dict(bandwidths=(0.1,)), dict(init_mask=1.0), dict(temperature=0.5),
-            dict(remask=(0.0, 1.0))]
+            dict(per_class=2), dict(per_class=1), dict(bandwidths=(0.1,)), dict(init_mask=1.0),
+            dict(temperature=0.5), dict(remask=(0.0, 1.0))]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -556,6 +556,12 @@ def test_the_four_forms_of_the_drift_and_the_grouping_are_different_losses():
              dict(per_class=8), dict(per_class=2)]
     losses = {System(**settings).step()[0].item() for settings in every}
     assert len(losses) == 6
+
+
+def test_one_draft_of_each_class_is_compared_with_the_whole_batch():
+    """--per-class 1, the paper's in-batch negatives: the same as one group of eight."""
+    loss, whole = (System(per_class=n).step()[0] for n in (1, 8))
+    assert torch.equal(loss, whole)
 
 
 def test_lifted_features_are_sixteen_positions_of_four_blocks_and_pass_gradient():
