@@ -357,11 +357,6 @@ class MaskGen(nn.Module):
             if isinstance(module, AdaptiveNorm):
                 nn.init.zeros_(module.linear.weight)
 
-    def text_parameters(self):
-        """The weights that read the text: its projections, and its stream through the blocks."""
-        parts = ("text_embed", "pooled", "add_", "context")
-        return [p for name, p in self.named_parameters() if any(part in name for part in parts)]
-
     def forward(self, z, c, drop=None):
         rows, W = self.empty.shape
         if z.shape[1] != self.L:

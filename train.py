@@ -114,7 +114,6 @@ class Config:
     own_pair: bool = False            # True: a draft meets itself and its refinement (Eq. 6)
     per_class: int = 16               # drafts of one class in a batch: only these are compared;
                                       # 1: the whole batch is, of whatever class
-    freeze_text: bool = False         # the student keeps how the teacher reads captions
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
     gan_weight: float = 0.0           # lambda of Sec. 3.4, in units of the drift; 0: no GAN
     # optimisation
@@ -144,10 +143,13 @@ MARGIN = 1.1
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
              per_class=32, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
              sample_every=80, save_every=50)
-# Scenes: there are 12,000 captions where shapes has 24 classes: no change to how text is read
-SCENES = SMALL | dict(confidence_noise=0.7, freeze_text=True)
-LAION = dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
-             confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])       # Sec. 4.1
+# Captions: each draft of a batch has one of its own, and all are compared. Its own refinement is
+# then the only one of its caption, so it counts, as Eq. 6 is printed. With 32 drafts of a caption
+# and without the own pair a student of scenes comes to 0.8 of its teacher's score, with it to all
+CAPTIONS = dict(own_pair=True, per_class=1)
+SCENES = SMALL | CAPTIONS | dict(confidence_noise=0.7)
+LAION = CAPTIONS | dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
+                        confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])    # Sec. 4.1
 # The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas, and
 # neither compares drafts with each other. SDTT's last round, the one that counts, needs a learning
 # rate; without codes in z_init the sampling is its only noise, so it stays warm
@@ -332,8 +334,6 @@ def check_method(cfg):
     if cfg.method == "sdtt" and cfg.init_mask != 1:
         raise ValueError("--method sdtt begins with everything hidden, --init-mask 1, "
                          f"got {cfg.init_mask}")
-    if cfg.freeze_text and cfg.dataset not in ("scenes", "laion"):
-        refuse(cfg, "freeze_text", "goes with captions: --dataset scenes or laion")
     if cfg.anywhere and cfg.dataset != "shapes":
         refuse(cfg, "anywhere", "goes with --dataset shapes")
 
@@ -880,9 +880,6 @@ class Distillation:
         self.made_with = versions()
         self.student = copy.deepcopy(parts.teacher).requires_grad_(True)
         self.ema = copy.deepcopy(parts.teacher)
-        if cfg.freeze_text:
-            for p in self.student.text_parameters():
-                p.requires_grad_(False)
         self.opt = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, weight_decay=0.0,
                                      fused=True if device == "cuda" else None)
         # a GPU's generator takes 32 bits

@@ -142,7 +142,6 @@ WRONG = [
     ("train.py --smoke --lr nan", "--lr should be finite"),
     ("train.py --smoke --lr 0", "--lr should be positive"),
     ("train.py --smoke --temperature inf", "--temperature should be finite"),
-    ("train.py --smoke --freeze-text", "--freeze-text goes with captions"),
     ("train.py --smoke --ema 1.5", "--ema is a share"),
     ("train.py --smoke --decay -1", "--decay is a share"),
     ("train.py --smoke --draft teacher", "--draft should be one of student, random"),

@@ -70,24 +70,6 @@ def test_smoke_run_of_scenes_leaves_everything_and_says_that_it_learnt_nothing(s
     assert names == tokenizer.world(train.parse(["--dataset", "scenes", "--smoke"]), "test")[1][:12]
 
 
-def test_a_student_of_scenes_reads_the_text_as_its_teacher_does(scenes, monkeypatch):
-    """--freeze-text, its default: only what draws is trained."""
-    monkeypatch.chdir(scenes[0])
-    run = sample.load_run(scenes[0] / "runs" / "scenes-smoke", "cpu")
-    teacher = dict(run.teacher.named_parameters())
-    student = dict(run.student.named_parameters())
-    same = {name for name in teacher if torch.equal(teacher[name], student[name])}
-    of_text = run.teacher.text_parameters()
-    text = {name for name, p in teacher.items() if any(p is q for q in of_text)}
-    assert text <= same
-    starts = {name.split(".")[0] for name in text}
-    assert starts == {"text_embed_proj", "cond_pooled_proj", "blocks"}
-    assert not any(part in name for name in teacher.keys() - text for part in ("text", "context"))
-    trained = {"embeddings.weight", "pos_embed", "blocks.0.attn.to_q.weight",
-               "blocks.0.ff.net.2.weight"}
-    assert trained <= teacher.keys() - same
-
-
 def test_smoke_run_of_laion_leaves_everything(laion):
     folder, done = laion
     run = folder / "runs" / "laion-smoke"
