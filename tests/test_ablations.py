@@ -341,19 +341,22 @@ def test_smoke_run_of_official_networks_with_the_gan(tmp_path):
 
 
 # ---------------------------------------------------------------- the table of them all
-CHANGES = {"FPD, the base": "", "soft embedding": "estimator",
-           "soft + GAN": "estimator gan_weight per_class", "STE + GAN": "gan_weight per_class",
-           "16 drafts of a class": "per_class", "random draft": "draft",
+CHANGES = {"FPD, the base": "", "soft embedding": "estimator", "random draft": "draft",
            "pixel space": "space", "one bandwidth": "bandwidths", "pooled, grid 1": "grid",
            "shallow blocks": "blocks", "deep blocks": "blocks"}
+OF_LABELS = {"soft + GAN": "estimator gan_weight per_class", "STE + GAN": "gan_weight per_class",
+             "16 drafts of a class": "per_class"}
+OF_CAPTIONS = {"soft + GAN": "estimator gan_weight", "STE + GAN": "gan_weight",
+               "without the own pair": "own_pair"}
 
 
-@pytest.mark.parametrize("dataset", ["shapes", "scenes"])
-def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path):
+@pytest.mark.parametrize("dataset, more", [("shapes", OF_LABELS), ("scenes", OF_CAPTIONS)])
+def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, more, tmp_path):
+    changes = CHANGES | more
     base = train.parse(["--dataset", dataset, "--ablations", "2"])
     # which checks them
     runs = train.ablation_runs(base, tmp_path / "all")
-    assert len(runs) == 2 * len(train.ABLATIONS) == len({cfg.name for cfg in runs.values()})
+    assert len(runs) == 2 * (len(changes) + 2) == len({cfg.name for cfg in runs.values()})
     for (row, seed), cfg in runs.items():
         assert cfg.seed == seed and cfg.name.startswith("all/") and cfg.name.endswith(f"-{seed}")
         alike = dataclasses.replace(cfg, seed=0, name="")
@@ -366,8 +369,8 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path):
             assert passes == pytest.approx(1, rel=0.03)
         else:
             changed = {key for key, value in vars(base).items() if vars(alike)[key] != value}
-            assert changed == set(CHANGES[row].split())
-    assert {row for row, _ in runs} == CHANGES.keys() | {"Di[M]O", "SDTT"}
+            assert changed == set(changes[row].split())
+    assert {row for row, _ in runs} == changes.keys() | {"Di[M]O", "SDTT"}
 
 
 def test_sdtt_has_its_four_rounds_however_few_the_steps_of_the_base_are(tmp_path):
@@ -391,7 +394,7 @@ def ablations(tmp_path_factory):
             return step(*args, **kwargs)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fpd, "fpd_step", counted)
-            patch.setattr(train, "ABLATIONS", [train.ABLATIONS[i] for i in (0, 3, 5)])
+            patch.setattr(train, "ABLATIONS", [train.ABLATIONS[i] for i in (0, 3, 6)])
             line = "train.py --smoke --ablations 1 --steps 2 --sample-every 9" + more
             return in_process(line, folder), len(calls)
     stopped, finished = run(stop_at=3), run()
