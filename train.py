@@ -1415,18 +1415,14 @@ def load_state(run):
     if len(states) != run.n_ranks:
         raise ValueError(f"--resume: {folder} ran in {len(states)} processes, which cannot become "
                          f"{run.n_ranks}: each has its own random numbers")
-    for part, had in saved["parts"].items():
-        for key in ("made_from", "sha256"):
-            if had.get(key) != run.parts.saved[part].get(key):
-                raise ValueError(f"--resume: {folder} was made with another {part} than "
-                                 f"{run.parts.files[part]}")
+    check_parts(saved, run.parts, folder)
     for network, part in ((run.student, "student"), (run.ema, "ema")):
         sample.fill(network, saved[part], f"{part} of {folder}/checkpoint.pt")
     run.opt.load_state_dict(saved["opt"])
     # torch refuses a view
     run.generator.set_state(states[run.rank].clone())
     # none in a run that began without
-    if run.gan and saved.get("gan"):
+    if run.gan and saved["gan"]:
         run.gan.load(saved["gan"])
     if run.other:
         run.other.load(saved["method"])
@@ -1435,6 +1431,14 @@ def load_state(run):
         print(f"saved with {saved['versions']}, going on with {run.made_with}: the same to the "
               "last bit only if the difference does not matter")
     return saved["step"]
+def check_parts(saved, parts, folder):
+    """ValueError where a checkpoint of `folder` was made with other networks than `parts`."""
+    for part, had in saved["parts"].items():
+        for key in ("made_from", "sha256"):
+            if had.get(key) != parts.saved[part].get(key):
+                raise ValueError(f"{folder} was made with another {part} than {parts.files[part]}")
+
+
 
 
 def open_log(run, start):
@@ -1607,6 +1611,7 @@ def ablate(base, root, device):
     parts.cfg = base
     # one for all rows, whose networks differ in the student alone
     scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
+            check_parts(sample.read_checkpoint(folder), parts, folder)
     for (row, seed), cfg in runs.items():
         folder = root.parent / cfg.name
         if (folder / "score.json").exists():

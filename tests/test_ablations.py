@@ -454,6 +454,20 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(ablations):
     assert before == {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")}
 
 
+@pytest.mark.slow
+def test_rows_over_other_networks_do_not_stand_in_one_table(ablations):
+    run, root, _, _ = ablations
+    path = root / "ste-gan-0" / "checkpoint.pt"
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    saved["parts"]["phi"]["sha256"] = "of another"
+    torch.save(saved, path)
+    done, steps = run()
+    path.write_bytes(whole)
+    refused(done, "ste-gan-0 was made with another phi")
+    assert steps == 0
+
+
 def test_mean_and_range_over_the_seeds():
     scores = [dict(fd=fd, recall=recall, accuracy=0.5, precision=0.25, spreads=dict(x=1.0),
                    seconds_per_step=seconds)
