@@ -1360,6 +1360,14 @@ def parse():
                         "see `read_detections`")
     parser.add_argument("--detector", default="an unnamed detector", help="its name, for the table")
     model_arguments(parser)
+def check_no_run(args, flag):
+    """ValueError where something is said of a run, whose place `flag` takes."""
+    for name in ("run", "student", "dataset", "init_mask", "steps", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{flag} takes the place of a run: leave --{name.replace('_', '-')} "
+                             "away")
+
+
     args = parser.parse_args()
     if args.seed is not None:
         check_seed(args.seed)
@@ -1368,6 +1376,10 @@ def parse():
         if getattr(args, name) is not None and not getattr(args, other):
             raise ValueError(f"--{name} goes with --{other}")
     if args.geneval:
+    if args.images is not None:
+        raise ValueError("--images goes without --geneval, which draws 4 of each prompt")
+    if args.detections:
+        check_no_run(args, "--detections")
         check_geneval(args)
     else:
         check_table(args)
@@ -1378,6 +1390,8 @@ def check_geneval(args):
     """Can these arguments of --geneval be? Fills in what was not given."""
     if not args.prompts:
         raise ValueError("--geneval needs --prompts FILE: evaluation_metadata.jsonl of "
+    if args.folder:
+        check_no_run(args, "--folder")
                          "https://github.com/djghosh13/geneval")
     if args.reference or args.folder:
         raise ValueError("--geneval and --reference or --folder exclude each other: GenEval looks "

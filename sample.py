@@ -479,8 +479,8 @@ def run_command(main):
         print("error: the GPU has too little free memory; evaluate.py --reference needs less with "
               "a smaller --batch", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}")
+    except KeyboardInterrupt:
+        print("\nstopped")
         sys.exit(130)
 
 

@@ -1408,7 +1408,7 @@ def load_state(run):
     """--resume: everything as it was in the checkpoint. -> its step. ValueError: not here"""
     folder, saved = run.folder, sample.read_checkpoint(run.folder)
     # one for each process
-    states = torch.atleast_2d(saved["rng"])
+    states = saved["rng"]
     if states[0].shape != run.generator.get_state().shape:
         raise ValueError(f"--resume: {folder} did not run on {run.generator.device}, and its "
                          "random numbers can only go on where they began")
@@ -1427,7 +1427,7 @@ def load_state(run):
     if run.other:
         run.other.load(saved["method"])
     print(f"going on after step {saved['step']} of {folder}")
-    if saved.get("versions", run.made_with) != run.made_with:
+    if saved["versions"] != run.made_with:
         print(f"saved with {saved['versions']}, going on with {run.made_with}: the same to the "
               "last bit only if the difference does not matter")
     return saved["step"]
@@ -1757,12 +1757,17 @@ def bench_training(cfg, parts, device):
 
 
 def peak_gb(device):
-    """Most memory at once: of the GPU since its count was reset; else of the process so far."""
+    """Most memory at once: of the GPU since its count was reset; else of the process so far, or
+    None where the system does not tell."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    # not on Windows
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:
+        # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def bench(cfg, folder, device):
@@ -1821,8 +1826,7 @@ def main():
             else:
                 whole_run(cfg, folder, device)
     except torch.OutOfMemoryError:
-        fewer = max(1, (cfg.lift_chunk or 8) // 2)
-        raise ValueError(f"the GPU's memory is full: add --lift-chunk {fewer}, or a smaller "
+        raise ValueError("the GPU's memory is full: add --lift-chunk 1, or a smaller "
                          f"--batch than {cfg.batch} (a multiple of --per-class), or end other "
                          "programs on this GPU") from None
     except OSError as error:

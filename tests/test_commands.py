@@ -15,6 +15,7 @@ from conftest import (command, command_line, in_process, own_copy, refused,
 from PIL import Image
 
 import evaluate
+import sample
 import train
 
 
@@ -46,6 +47,14 @@ def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(smoke, no
     assert done.returncode == 0 and "tokenizer:" not in done.stderr
     assert (folder / "runs" / "shapes-smoke-2" / "checkpoint.pt").is_file()
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_ctrl_c_says_that_it_stopped(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit, match="130"):
+        sample.run_command(main)
+    assert capsys.readouterr().out == "\nstopped\n"
 
 
 def test_resume_is_the_uninterrupted_run_bit_for_bit(smoke, no_pictures):
