@@ -447,7 +447,7 @@ def scene_scores(images, captions):
 
 
 # ---------------------------------------------------------------- reports on disk
-# What a report's protocol says that is no setting: the same report with it changed is made anew
+# What a protocol says that is no setting: where only these differ, the report keeps its file
 NO_SETTINGS = ("run", "student_steps", "warning")
 
 
@@ -623,14 +623,6 @@ def score(run, model, steps, asked, c, metrics):
     """
     images = generate(model, run.tokenizer, c, run.cfg, steps, seed=0, progress="score")
     return metrics(images, asked)
-
-
-def models_of(run, steps):
-    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
-    rows = [("teacher", run.teacher, T) for T in steps]
-    if run.student is not None:
-        rows.append(("student", run.student, 0))
-    return rows
 
 
 def draw(run, name, model, steps, c, seed):
@@ -896,6 +888,14 @@ def folder_files(args):
     return [files[i * len(files) // args.images] for i in range(args.images)]
 
 
+def models_of(run, steps):
+    """The rows of a table -> [(name, network, its steps; 0: the student's single pass), ...]"""
+    rows = [("teacher", run.teacher, T) for T in steps]
+    if run.student is not None:
+        rows.append(("student", run.student, 0))
+    return rows
+
+
 def official_report(args, run, folder, stem, device):
     """FID, IS, precision and recall with the FID Inception, of a run, of public networks or of a
     folder of images.
@@ -1066,14 +1066,6 @@ def read_detections(path):
     return read_jsonl(path, "an image with its detections", fits)
 
 
-def iou(a, b):
-    """Intersection over union of two boxes x0, y0, x1, y1 that include their last pixel."""
-    def area(x0, y0, x1, y1):
-        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return both / (area(*a) + area(*b) - both)
-
-
 def relative_position(a, b):
     """Where box a is, seen from box b -> those of RELATIONS that hold: none, one or two."""
     a = np.asarray(a, dtype=np.float64).reshape(2, 2)                             # (corner, axis)
@@ -1090,12 +1082,8 @@ def relative_position(a, b):
     return [relation for relation, does in zip(RELATIONS, holds) if does]
 
 
-def kept_objects(detections, tag, max_overlap=1.0):
-    """Detections of an image -> {class: those that count, the most confident first}.
-
-    max_overlap   an object whose IoU with a more confident one of its class is as large is dropped;
-                  at the official 1.0 none is
-    """
+def kept_objects(detections, tag):
+    """Detections of an image -> {class: those that count, the most confident first}."""
     threshold = 0.9 if tag == "counting" else 0.3
     found = [d for d in detections if d["confidence"] > threshold]
     found.sort(key=lambda d: d["confidence"])
@@ -1103,8 +1091,7 @@ def kept_objects(detections, tag, max_overlap=1.0):
     # of equal ones the later first, as official
     for d in found[::-1]:
         same = kept.setdefault(d["class"], [])
-        is_new = max_overlap == 1 or all(iou(d["box"], o["box"]) < max_overlap for o in same)
-        if len(same) < 16 and is_new:
+        if len(same) < 16:
             same.append(d)
     return kept
 
@@ -1169,12 +1156,11 @@ def known_classes(prompts):
     return known
 
 
-def geneval_scores(detections, prompts, max_overlap=1.0):
+def geneval_scores(detections, prompts):
     """The official rules on two files, of `read_detections` and of `read_prompts`.
 
-    max_overlap   see `kept_objects`
-    returns       {tag: share of correct images, ..., "overall": mean of these shares,
-                   "images": how many, "prompts": how many}
+    returns   {tag: share of correct images, ..., "overall": mean of these shares,
+               "images": how many, "prompts": how many}
     ValueError unless every prompt has the same number of images and every image one line: without
     the empty ones the score would rise. And for a class that no prompt has: it is misspelt, and its
     objects would count as missing
@@ -1194,7 +1180,7 @@ def geneval_scores(detections, prompts, max_overlap=1.0):
                 raise ValueError(f"{detections}: {line['image']} has a {found['class']!r}, which "
                                  f"no prompt of {source} has: write classes as the prompts do, and "
                                  "leave others out")
-        objects = kept_objects(line["detections"], prompts[index]["tag"], max_overlap)
+        objects = kept_objects(line["detections"], prompts[index]["tag"])
         results[index, number], _ = verdict(objects, prompts[index])
     n = 1 + max(number for _, number in results)
     missing = []
@@ -1287,11 +1273,11 @@ def geneval_images(prompts, source, out, made_with, make, n=4):
 
 def geneval(args, device):
     """--geneval: the images of all prompts, or with --detections their scores."""
-    # now, not after the networks are loaded
-    prompts = read_prompts(args.prompts)
     if args.detections:
         print(geneval_table(geneval_scores(args.detections, args.prompts), args.detector))
         return
+    # now, not after the networks are loaded
+    prompts = read_prompts(args.prompts)
     captions = [prompt["prompt"] for prompt in prompts]
     steps = args.steps[0] if args.steps else 0
     run = load_models(args, device, teacher=steps > 0)
@@ -1360,14 +1346,6 @@ def parse():
                         "see `read_detections`")
     parser.add_argument("--detector", default="an unnamed detector", help="its name, for the table")
     model_arguments(parser)
-def check_no_run(args, flag):
-    """ValueError where something is said of a run, whose place `flag` takes."""
-    for name in ("run", "student", "dataset", "init_mask", "steps", "seed"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{flag} takes the place of a run: leave --{name.replace('_', '-')} "
-                             "away")
-
-
     args = parser.parse_args()
     if args.seed is not None:
         check_seed(args.seed)
@@ -1376,26 +1354,32 @@ def check_no_run(args, flag):
         if getattr(args, name) is not None and not getattr(args, other):
             raise ValueError(f"--{name} goes with --{other}")
     if args.geneval:
-    if args.images is not None:
-        raise ValueError("--images goes without --geneval, which draws 4 of each prompt")
-    if args.detections:
-        check_no_run(args, "--detections")
         check_geneval(args)
     else:
         check_table(args)
     return args
 
 
+def check_no_run(args, flag):
+    """ValueError where something is said of a run, whose place `flag` takes."""
+    for name in ("run", "student", "dataset", "init_mask", "steps", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{flag} takes the place of a run: leave --{name.replace('_', '-')} "
+                             "away")
+
+
 def check_geneval(args):
     """Can these arguments of --geneval be? Fills in what was not given."""
     if not args.prompts:
         raise ValueError("--geneval needs --prompts FILE: evaluation_metadata.jsonl of "
-    if args.folder:
-        check_no_run(args, "--folder")
                          "https://github.com/djghosh13/geneval")
     if args.reference or args.folder:
         raise ValueError("--geneval and --reference or --folder exclude each other: GenEval looks "
                          "at its own prompts alone")
+    if args.images is not None:
+        raise ValueError("--images goes without --geneval, which draws 4 of each prompt")
+    if args.detections:
+        check_no_run(args, "--detections")
     if args.steps is not None and (len(args.steps) != 1 or args.steps[0] < 1):
         raise ValueError("--geneval draws with one model: the student, or the teacher in the one "
                          f"number of --steps, got {args.steps}")
@@ -1406,6 +1390,8 @@ def check_table(args):
     """Can these arguments of a table be? Fills in what was not given and no run knows."""
     if args.folder and not args.reference:
         raise ValueError("--folder needs --reference: what to compare the images with")
+    if args.folder:
+        check_no_run(args, "--folder")
     least = 10 if args.reference else 48
     if args.reference:
         args.images = 50_000 if args.images is None else args.images

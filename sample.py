@@ -39,7 +39,7 @@ from models import (CLIP_FILE, CLIP_REPO, WEIGHTS, Backbone, ConvNet, MaskGen, M
 from tokenizer import (SUFFIXES, VQGAN, TATiTok, load_strictly, load_tatitok, load_vqgan,
                        read_weights, to_uint8)
 
-# Of checkpoint.pt: raised when what is in it or its settings change
+# Of checkpoint.pt: raised when what it holds changes; of its settings, see train.saved_settings
 FORMAT = 4
 # The paper's public networks on the Hugging Face hub: repository, file, loader
 MASKGIT_REPO = "llvictorll/Maskgit-pytorch"

@@ -18,8 +18,8 @@
     python train.py --ablations 3                    # Tables 3 and 4 in miniature, three seeds
     python train.py --bench                          # time of a step and of sampling, by parts
 
-From top to bottom: settings; preparation; the distillation; files, signals and checkpoints;
-several processes; ablations; the bench; the command.
+From top to bottom: settings; preparation; the distillation; memory of a GPU; signals; the run's
+folder and checkpoints; several processes; ablations; the bench; the command.
 """
 import argparse
 import ast
@@ -195,7 +195,6 @@ def parse(argv=None):
     """
     parser = sample.Parser(
         description="Distil a masked discrete diffusion model into one step (FPD).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         if field.type is bool:
@@ -1483,7 +1482,7 @@ def ranks():
 
 
 def meet(device):
-    """Join the processes that torchrun started, if any. -> this one's rank. Only rank 0 speaks."""
+    """Join the processes that torchrun started, if any. Only rank 0 speaks."""
     if "RANK" in os.environ:
         if device == "cuda":
             # "cuda" is this one from now on
@@ -1492,7 +1491,6 @@ def meet(device):
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
-    return ranks()[0]
 
 
 def any_of_all(is_so):
@@ -1711,7 +1709,7 @@ def bench_sampling(cfg, parts, device):
             generators = fpd.generators(0, 0, n, device)
             z = sample.tokens(parts.teacher, c, generators, cfg, steps)         # (B, L)
             watch.mark("decoder")
-            tok.to_uint8(parts.tokenizer.decode(parts.tokenizer.E[z], c)).cpu()
+            sample.decode(parts.tokenizer, z, c)
         watch.mark("transformer")
         ms = watch.milliseconds()
         rows.append(dict(model=name, steps=steps or 1, batch=n,

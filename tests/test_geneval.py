@@ -39,9 +39,7 @@ def test_verdict_equals_the_official_one(case):
     assert evaluate.verdict(objects, case["metadata"]) == (case["correct"], case["reason"])
 
 
-def test_iou_and_relative_position_equal_the_official_ones():
-    for case in GOLDEN["iou"]:
-        assert abs(evaluate.iou(case["a"], case["b"]) - case["iou"]) < 1e-15
+def test_relative_position_equals_the_official_one():
     for case in GOLDEN["relative_position"]:
         assert evaluate.relative_position(case["a"], case["b"]) == case["relations"]
     # under a thousandth of a pixel: no direction, no division by 0
@@ -62,15 +60,6 @@ def test_constants_are_the_official_ones():
         assert len(kept["cow"]) == constants["max_objects"]
     kept = evaluate.kept_objects([COW, COW | {"color": "red"}], "colors")
     assert kept["cow"][0]["color"] == "red"
-
-
-def test_max_overlap_drops_the_less_confident_of_two_in_one_place():
-    """For detectors that report an object twice; the official rules keep both."""
-    twice = [COW, COW | {"confidence": 0.8, "color": "red", "box": [12, 10, 62, 60]},
-             COW | {"box": [200, 10, 260, 60], "confidence": 0.5}]
-    assert len(evaluate.kept_objects(twice, "colors")["cow"]) == 3
-    kept = evaluate.kept_objects(twice, "colors", max_overlap=0.5)
-    assert kept["cow"] == [twice[0], twice[2]]
 
 
 # ---------------------------------------------------------------- scores of a file
