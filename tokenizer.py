@@ -103,7 +103,7 @@ def shapes(labels, seed, anywhere=False, size=32):
     labels (N,)   long, index into shapes_names()
     seed          equal labels and seed give equal images
     anywhere      False: object within 3 px of the centre, as photographs are (the default world).
-                  True: as far off as it still fits (the hard world, see README)
+                  True: as far off as it still fits (the hard world)
     Place, size, turn, hue and ground vary from image to image.
     returns (N, 3, size, size) uint8
     """

@@ -75,7 +75,7 @@ except ImportError:
 class Config:
     """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1).
 
-    SMALL and SCENES say what the small worlds change. --help lists them all.
+    SMALL and SCENES say what the small worlds change. --help lists their names.
     """
     # what runs
     dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
@@ -137,9 +137,8 @@ WARMUP = 20
 # ImageNet at batch 32 took 30.1 GB at most, 14.9 with lift_chunk 8, MaskGen-L at batch 64 48.8 GB,
 # 31.8 with lift_chunk 16; `memory` without this margin says 29.6, 15.0, 46.5, 31.8
 MARGIN = 1.1
-# What the small worlds change: their student is 200 times smaller and trains for minutes. With 16
-# drafts of a class, not 32, the rarest ground can die out; drafts sampled at temperature 1 all end
-# on one ground
+# What the small worlds change: their student is 200 times smaller and trains for minutes. Drafts
+# sampled at temperature 1 are patchwork: each token is drawn by itself
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
              per_class=32, guidance=2.0, confidence_noise=2.0, blocks=(0, 1, 2, 3),
              sample_every=80, save_every=50)
@@ -151,8 +150,8 @@ SCENES = SMALL | CAPTIONS | dict(confidence_noise=0.7)
 LAION = CAPTIONS | dict(batch=64, guidance=sample.PUBLIC["laion"]["guidance"],
                         confidence_noise=sample.PUBLIC["laion"]["confidence_noise"])    # Sec. 4.1
 # The methods: Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas, and
-# neither compares drafts with each other. SDTT's last round, the one that counts, needs a learning
-# rate; without codes in z_init the sampling is its only noise, so it stays warm
+# neither compares drafts with each other. SDTT's last round is the one that counts, so lr falls in
+# it alone; its canvas holds no codes, so the sampling, at temperature 1, is its only noise
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=1),
            "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=1, decay=0.25)}
 # --smoke. No decay, which depends on the number of steps: 2 steps and 2 more after --resume are
@@ -168,8 +167,8 @@ ABLATIONS = [
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
     ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, per_class=16), 0.42),
     ("3a", "STE + GAN", dict(gan_weight=0.5, per_class=16), 0.45),
-    ("", "without the own pair", dict(own_pair=False), None),
     ("", "16 drafts of a class", dict(per_class=16), None),
+    ("", "without the own pair", dict(own_pair=False), None),
     ("3b", "random draft", dict(draft="random"), 0.22),
     ("4a", "pixel space", dict(space="pixel"), 0.21),
     ("4a", "one bandwidth", dict(bandwidths=(0.05,)), 0.41),
@@ -835,7 +834,7 @@ def readable(files):
 def draw_condition(parts, cfg, generator):
     """The batch's condition: per_class times each of batch / per_class classes or captions.
 
-    All different, as far as there are that many. -> (B, ...)
+    Without replacement, as far as there are that many. -> (B, ...)
     """
     groups, n = cfg.batch // cfg.per_class, len(parts.captions or parts.names)
     rounds = [torch.randperm(n, generator=generator, device=generator.device)
@@ -883,7 +882,7 @@ class Distillation:
         self.ema = copy.deepcopy(parts.teacher)
         self.opt = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, weight_decay=0.0,
                                      fused=True if device == "cuda" else None)
-        # a GPU's generator takes 32 bits
+        # a CPU's generator reads the lowest 32 bits
         self.seed = cfg.seed + 1_000_003 * self.rank
         self.generator = torch.Generator(device).manual_seed(self.seed)
         is_half = computes_bfloat16(device)
@@ -944,7 +943,7 @@ def distil(cfg, parts, folder, device, mark=lambda part: None):
             run.opt.step()
             # now, so that they are gone while the next step's graph grows
             run.opt.zero_grad(set_to_none=True)
-            # the ramp forgets the teacher's first drafts
+            # the ramp soon forgets the teacher's weights, with which the mean began
             update_ema(run.ema, run.student, min(cfg.ema, (1 + step) / (10 + step)))
             if step == start + 1:
                 begin = time.perf_counter()
@@ -1430,14 +1429,14 @@ def load_state(run):
         print(f"saved with {saved['versions']}, going on with {run.made_with}: the same to the "
               "last bit only if the difference does not matter")
     return saved["step"]
+
+
 def check_parts(saved, parts, folder):
     """ValueError where a checkpoint of `folder` was made with other networks than `parts`."""
     for part, had in saved["parts"].items():
         for key in ("made_from", "sha256"):
             if had.get(key) != parts.saved[part].get(key):
                 raise ValueError(f"{folder} was made with another {part} than {parts.files[part]}")
-
-
 
 
 def open_log(run, start):
@@ -1546,12 +1545,11 @@ def teacher_passes(cfg):
     if cfg.method == "sdtt":
         # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
         # rounds; two steps as the target in each, guided in the first
-        canvas = 8 if cfg.dataset in ("scenes", "laion") else 7
+        canvas = 8 if cfg.dataset == "scenes" else 7
         return round(cfg.steps * (3 * canvas + 2 * guided + 2 + 2 + 2) / 4)
     return cfg.steps * guided
 
 
-def ablation_runs(base, root):
 def ablation_rows(base):
     """Those rows of ABLATIONS that differ from `base`, and the base itself -> a list like it.
 
@@ -1566,6 +1564,7 @@ def ablation_rows(base):
     return rows
 
 
+def ablation_runs(base, root):
     """The runs of --ablations -> {(name of the row, seed): its Config}.
 
     ValueError where one is there already, with other settings
@@ -1609,10 +1608,10 @@ def ablate(base, root, device):
     parts.cfg = base
     # one for all rows, whose networks differ in the student alone
     scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
-            check_parts(sample.read_checkpoint(folder), parts, folder)
     for (row, seed), cfg in runs.items():
         folder = root.parent / cfg.name
         if (folder / "score.json").exists():
+            check_parts(sample.read_checkpoint(folder), parts, folder)
             continue
         print(f"\n{row}, seed {seed}: {folder}")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
