@@ -26,15 +26,15 @@ def distances(X, Y):
     return (x2 + y2 - 2 * X @ Y.transpose(1, 2)).clamp(min=1e-8).sqrt()
 
 
-def double_softmax(logits, floor):
+def double_softmax(logits):
     """The "doubly-normalized softmax" of Sec. 3.3: over the targets and over the particles.
 
     logits (F, B, C) -> root of the two softmaxes' product, (F, B, C)
     """
-    return (logits.softmax(2) * logits.softmax(1)).clamp(min=floor).sqrt()
+    return (logits.softmax(2) * logits.softmax(1)).sqrt()
 
 
-def drift(X, Y, h, joint=True, self_negative=False, own_target=False, floor=0.0):
+def drift(X, Y, h, joint=True, self_negative=False, own_target=False):
     """Where the drafts should move: V_h of Eq. 6, for one bandwidth.
 
     X (B, F, D)      features of the drafts; the others are the negatives X_sigma(j) of Eq. 6,
@@ -48,7 +48,6 @@ def drift(X, Y, h, joint=True, self_negative=False, own_target=False, floor=0.0)
     own_target       is Y_i, its own refinement, one of the targets of X_i? With neither, X_i meets
                      only what does not depend on it, and V is 0 on average where both clouds have
                      one distribution: there Eq. 3 holds
-    floor            least product of the two softmaxes; 1e-6 in the official drifting code
     returns          V (B, F, D), float32, without gradient
     """
     if X.ndim != 3 or Y.ndim != 3 or X.shape[1:] != Y.shape[1:]:
@@ -78,14 +77,14 @@ def drift(X, Y, h, joint=True, self_negative=False, own_target=False, floor=0.0)
         if not own_target:
             l_pos = l_pos - own
         if joint:
-            a = double_softmax(torch.cat([l_neg, l_pos], 2), floor)
+            a = double_softmax(torch.cat([l_neg, l_pos], 2))
             a_neg, a_pos = a[..., :B], a[..., B:]
             # each side times the sum of the other: both then have the same sum, and V is a weighted
             # sum of differences Y_j - X_k, in which X_i itself cancels
             sum_neg, sum_pos = a_neg.sum(2, keepdim=True), a_pos.sum(2, keepdim=True)
             a_neg, a_pos = a_neg * sum_pos, a_pos * sum_neg
         else:
-            a_neg, a_pos = double_softmax(l_neg, floor), double_softmax(l_pos, floor)
+            a_neg, a_pos = double_softmax(l_neg), double_softmax(l_pos)
         # Eq. 6, sum_j a+_ij (Y_j - X_i) and sum_j a-_ij (X_sigma(j) - X_i)
         attract = a_pos @ Y - a_pos.sum(2, keepdim=True) * X        # (F, B, D)
         repel = a_neg @ X - a_neg.sum(2, keepdim=True) * X          # (F, B, D)
@@ -106,7 +105,8 @@ def drift_loss(X, Y, bandwidths, **form):
     returns       loss (), float32; logs: "rms_<h>", RMS of the drift, and, where drafts and
                   refinements pair up, "cos_<h>", its cosine with Y - X
     The loss's value is sum_h RMS(V_h), its gradient -2 / X.numel() * sum_h V_h / RMS(V_h): a
-    descent step goes along the drift, equally strong for each bandwidth.
+    descent step goes along the drift, equally strong for each bandwidth. The mean is over D as
+    well, where Eq. 7 has a squared norm: blocks of any width then weigh the same.
     """
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     scale = X.detach().std().clamp(min=1e-3)

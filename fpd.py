@@ -51,7 +51,7 @@ def uniform(shape, generator, device):
 def gumbel(shape, generator, device):
     """Standard Gumbel noise: argmax(logits + gumbel) is a sample of softmax(logits)."""
     exponential = -uniform(shape, generator, device).clamp(min=1e-20).log()
-    return -exponential.clamp(min=1e-20).log()
+    return -exponential.log()
 
 
 def draw(logits, temperature, generator):
@@ -62,9 +62,9 @@ def draw(logits, temperature, generator):
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
 def mask_ratio(t, schedule="arccos"):
-    """gamma of Eq. 1, with the paper's t = 1 - ours: the share of hidden positions.
+    """gamma of Eq. 1: the share of hidden positions.
 
-    t (in [0, 1]) goes with sampling, from 0 (all hidden) to 1 (none)
+    Our t runs the other way than the paper's, with sampling: from 0 (all hidden) to 1 (none)
     """
     schedules = {"arccos": lambda t: torch.arccos(t) / (math.pi / 2),
                  "cosine": lambda t: torch.cos(t * math.pi / 2),
@@ -108,15 +108,15 @@ def sample_ratio(B, low, high, generator, device="cpu"):
 
 
 # ---------------------------------------------------------------- the teacher (Sec. 3.1)
-def guided_logits(model, z, c, s, **kind):
+def guided_logits(model, z, c, s):
     """u + s (c - u), from one pass over the doubled batch; s = 1 needs no unconditional half.
 
     -> (B, L, K) float32
     """
     if s == 1:
-        return model(z, c, **kind).float()
+        return model(z, c).float()
     drop = torch.arange(2 * len(z), device=z.device) >= len(z)      # True: the unconditional half
-    logits = model(torch.cat([z, z]), torch.cat([c, c]), drop, **kind).float()
+    logits = model(torch.cat([z, z]), torch.cat([c, c]), drop).float()
     cond, uncond = logits.chunk(2)
     return uncond + s * (cond - uncond)
 
@@ -125,9 +125,9 @@ def guided_logits(model, z, c, s, **kind):
 def init_tokens(B, L, K, r_init, generator, device="cpu"):
     """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes. -> (B, L)
 
-    The random codes are the only noise that the student gets.
+    It is the only noise that the student gets: which positions are visible, and their codes.
     """
-    codes = (uniform((B, L), generator, device) * K).long().clamp(max=K - 1)
+    codes = (uniform((B, L), generator, device) * K).long()
     if r_init == 0:
         return codes
     r = torch.full((B,), float(r_init), device=device)
@@ -156,7 +156,7 @@ def correct(teacher, z, c, cfg, generator):
     return z_ref, is_masked
 
 
-def fixed_point(teacher, z, c, cfg, generator, rounds=8):
+def fixed_point(teacher, z, c, cfg, generator, rounds):
     """Tokens z (B, L) after `rounds` of Eq. 3's operator: near its fixed point. -> (B, L)
 
     That is the distribution which the student is asked to draw. No training is needed to see it:
@@ -201,7 +201,7 @@ class Lift:
         with copies before and after each, a quarter of a training step's time on a GPU."""
         dtype = next(self.tokenizer.decoder.parameters()).dtype
         with torch.autocast(e.device.type, enabled=False):
-            c = c.to(dtype) if c is not None and c.is_floating_point() else c   # text, not labels
+            c = c.to(dtype) if c.is_floating_point() else c         # text, not labels
             return [self.tokenizer.decode(e.to(dtype), c)]
 
     def features(self, images):
@@ -233,8 +233,7 @@ def per_class_groups(X, n):
 
     As in the drifting paper (Deng et al. 2026). (G n, F, D) -> (n, G F, D)
     """
-    B, F_, D = X.shape
-    return X.reshape(B // n, n, F_, D).transpose(0, 1).reshape(n, B // n * F_, D)
+    return X.unflatten(0, (-1, n)).transpose(0, 1).flatten(1, 2)
 
 
 # ---------------------------------------------------------------- the student (Sec. 3.4)
@@ -247,7 +246,8 @@ def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """
     logits, E = logits.float(), E.float()
     z_hat = draw(logits, temperature, generator)                    # Eq. 4, z_hat ~ p_theta
-    with torch.autocast(logits.device.type, enabled=False):         # the codes are compared exactly
+    # in float32: in bfloat16, codes that are near each other would get the same gradient
+    with torch.autocast(logits.device.type, enabled=False):
         # the mean code. At temperature 1, also of colder drafts: a token that is nearly sure would
         # get nearly no gradient, right or wrong
         e_soft = logits.softmax(-1) @ E                             # (B, L, d)
@@ -347,43 +347,30 @@ def reveal_counts(L, steps, schedule="arccos"):
     return total.diff(prepend=total.new_zeros(1)).tolist()
 
 
-def log_probability(logits, z):
-    """Of the tokens z (B, L) under softmax(logits (B, L, K)): how sure the teacher is. -> (B, L)"""
-    return logits.log_softmax(-1).gather(-1, z[..., None])[..., 0]
-
-
 @torch.no_grad()
-def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos",
-           replay=None):
+def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos"):
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
 
-    teacher      any of our MaskGIT; c (B,) labels
+    teacher      a MaskGIT; c (B,) labels
     s            guidance of the last step. It ramps up linearly from 1 (none) in the first step, so
                  a single step has none
     temperature  divides the logits before a token is drawn
     noise        Gumbel noise on the confidence, falls linearly to 0
-    replay       tests: [(tokens (B, L), gumbel (B, L)), ...] per step, recorded over K + 1 columns,
-                 in place of the draws
     returns      z (B, L), codes only
     """
     B, L, K = len(c), teacher.L, teacher.K
     z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
-    is_fixed = torch.zeros_like(z, dtype=torch.bool)
     for i, count in enumerate(reveal_counts(L, steps, schedule)):
         ramp = i / max(1, steps - 1)
-        logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp, mask_column=replay is not None)
+        logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp)
         logits = logits / temperature                               # (B, L, K)
-        if replay is None:
-            tokens = draw(logits, 1.0, generator)                   # (B, L)
-            g = gumbel((B, L), generator, c.device)
-        else:
-            tokens, g = replay[i]
-        confidence = log_probability(logits, tokens) + noise * (1 - ramp) * g
-        confidence = confidence.masked_fill(is_fixed, -math.inf)    # what is fixed stays fixed
+        tokens = draw(logits, 1.0, generator)                       # (B, L)
+        confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        confidence = confidence + noise * (1 - ramp) * gumbel((B, L), generator, c.device)
+        confidence = confidence.masked_fill(z < K, -math.inf)       # what is fixed stays fixed
         chosen = confidence.topk(count, dim=1).indices              # (B, count)
         z = z.scatter(1, chosen, tokens.gather(1, chosen))
-        is_fixed = is_fixed.scatter(1, chosen, True)
-    return z.clamp(max=K - 1)                                       # only a replay can hold K
+    return z
 
 
 def remask_counts(L, steps):
@@ -403,7 +390,7 @@ def remask_counts(L, steps):
 def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine"):
     """The official MaskGen sampler: T steps of "predict all, hide the least confident again".
 
-    teacher   any of our MaskGen; c (B, rows, W) text
+    teacher   a MaskGen; c (B, rows, W) text
     s         guidance of the last step. It ramps up from 2 (from s if that is less), along half a
               "cosine" wave or "linear". Officially one less, since they write c + g (c - u): their
               guidance_scale 12 is our 13, and their ramp from 1 is ours from 2
@@ -438,7 +425,7 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
 
 
 # ---------------------------------------------------------------- the GAN (Sec. 3.4), optional
-def axis_of(size, shift, centre, device):
+def axis_of(size, shift, centre):
     """DiffAugment along one axis of `size` pixels: what it moves, and what it cuts out.
 
     shift, centre (B, 1) in [0, 1) -> source, outside, in_hole, all (B, size): the pixel that lands
@@ -446,7 +433,7 @@ def axis_of(size, shift, centre, device):
     """
     most = int(size / 8 + 0.5)                                      # an eighth, either way
     hole = int(size / 5 + 0.5)                                      # a fifth of the side
-    at = torch.arange(size, device=device)
+    at = torch.arange(size, device=shift.device)
     moved = at + (shift * (2 * most + 1)).long() - most
     source = moved.clamp(0, size - 1)
     start = (centre * (size + 1 - hole % 2)).long() - hole // 2     # at the border it is cut off
@@ -469,8 +456,8 @@ def diff_augment(images, generator):
     x = grey + 2 * saturation * (x - grey)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + (0.5 + contrast) * (x - mean)
-    row, no_row, hole_row = axis_of(H, u[:, 3:4], u[:, 5:6], x.device)          # (B, H) each
-    column, no_column, hole_column = axis_of(W, u[:, 4:5], u[:, 6:7], x.device)     # (B, W) each
+    row, no_row, hole_row = axis_of(H, u[:, 3:4], u[:, 5:6])        # (B, H) each
+    column, no_column, hole_column = axis_of(W, u[:, 4:5], u[:, 6:7])   # (B, W) each
     x = x.gather(2, row[:, None, :, None].expand(B, C, H, W))
     x = x.gather(3, column[:, None, None, :].expand(B, C, H, W))
     outside = no_row[:, :, None] | no_column[:, None, :]            # (B, H, W)
@@ -596,7 +583,7 @@ class Gan:
         return now.result()
 
     def add(self, gradient, images, generator):
-        """The drift loss's gradient at the decoded drafts, images (B, 3, H, W), and the GAN's.
+        """Adds the GAN's gradient to the drift loss's, both at the decoded drafts (B, 3, H, W).
 
         The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then
         means the same for every network. -> the sum, logs
@@ -660,12 +647,12 @@ def dimo_step(student, teacher, auxiliary, opt, c, cfg, generator):
 
     z_masked, is_masked = hide_some()
     with torch.no_grad():
-        p = guided_logits(teacher, z_masked, c, cfg.teacher_cfg).log_softmax(-1)    # (B, L, K)
+        log_p = guided_logits(teacher, z_masked, c, cfg.teacher_cfg).log_softmax(-1)  # (B, L, K)
         q = auxiliary(z_masked, c).float()
     # autocast keeps weights that it cast under no_grad, and they would get no gradient below
     torch.clear_autocast_cache()
     q.requires_grad_()
-    kl = F.kl_div(q.log_softmax(-1), p, log_target=True, reduction="none").sum(-1)  # (B, L)
+    kl = F.kl_div(q.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)   # (B, L)
     divergence = masked_mean(kl, is_masked)
     gradient, = torch.autograd.grad(divergence, q)
     # the bracket is 0: `gradient` goes to the student's logits as it is
@@ -752,12 +739,14 @@ class SDTT:
         if now > self.round:
             self.teacher.load_state_dict(student.state_dict())
             self.round = now
-        if now < 3:                                                 # theirs are training data,
-            z = sample_teacher(self.original, c, 4, generator,      # ours samples in 4 steps
-                               cfg.guidance, cfg.confidence_noise)
-        else:                                                       # all of it will be hidden
+        if now < 3:
+            # SDTT's own canvases are training data, ours the teacher's samples in 4 steps
+            z = sample_teacher(self.original, c, 4, generator, cfg.guidance, cfg.confidence_noise)
+        else:
+            # all of it will be hidden
             z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)
-        s = cfg.teacher_cfg if now == 0 else 1                      # then the guidance is learnt
+        # after the first round the guidance is learnt
+        s = cfg.teacher_cfg if now == 0 else 1
         return sdtt_step(student, self.teacher, z, c, 8 >> now, s, generator)
 
     def state(self):

@@ -53,7 +53,7 @@ def test_a_random_draft_is_uniform_and_leaves_the_students_draft_as_it_is():
 # ---------------------------------------------------------------- Table 4: where it is compared
 def images_of(system):
     z = torch.randint(8, (3, 16), generator=gen())
-    return system.lift.decode(system.vq.E[z], None)                             # (3, 3, 16, 16)
+    return system.lift.decode(system.vq.E[z], system.c[:3])                    # (3, 3, 16, 16)
 
 
 def sum_of_rms(logs):

@@ -6,6 +6,7 @@ import pickle
 import resource
 import types
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -83,14 +84,18 @@ def test_sampler_repeats_the_official_trace(name, monkeypatch):
     B, steps = len(x["labels"]), config["step"]
     seen, guided_logits = [], fpd.guided_logits
 
-    def spy(model, z, c, s, **kind):
-        seen.append((z.clone(), guided_logits(model, z, c, s, **kind)))
+    def spy(model, z, c, s):
+        seen.append((z.clone(), guided_logits(model, z, c, s)))
         return seen[-1][1]
     monkeypatch.setattr(fpd, "guided_logits", spy)
+    # the official draws, which were made over K + 1 columns
+    model.forward = partial(model.forward, mask_column=True)
+    recorded_tokens, recorded_gumbel = iter(x["sampled_tokens"]), iter(x["gumbel"])
+    monkeypatch.setattr(fpd, "draw", lambda *_: next(recorded_tokens))
+    monkeypatch.setattr(fpd, "gumbel", lambda *_: next(recorded_gumbel))
     codes = fpd.sample(model, x["labels"], steps, None, s=1 + config["w"],
                        temperature=1 / config["sm_temp"], noise=config["r_temp"],
-                       schedule=config["sched_mode"],
-                       replay=list(zip(x["sampled_tokens"], x["gumbel"])))
+                       schedule=config["sched_mode"]).clamp(max=model.K - 1)
     before = torch.stack([z for z, _ in seen])
     case.check("codes_before", before.view(steps, B, 4, 4).to(torch.int16))
     case.check("guided_logits", torch.stack([logits for _, logits in seen]), atol=5e-5)
