@@ -307,7 +307,8 @@ def read_captions(path):
     if not path.is_file():
         raise ValueError(f"--captions {path}: no such file; it should hold one caption per line")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines, which also ends a line at characters that a web caption may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise ValueError(f"--captions {path} is not UTF-8: line {line} has the byte "

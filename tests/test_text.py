@@ -290,9 +290,11 @@ def test_geneval_images_of_a_run_are_made_once(laion):
 
 # ---------------------------------------------------------------- files that are missing
 def test_captions_are_lines_without_the_empty_ones(tmp_path):
-    """Also with the mark that Windows puts first."""
-    (tmp_path / "captions.txt").write_bytes("\ufeffa dog\r\n\r\n  a café \r\n".encode())
-    assert tokenizer.read_captions(tmp_path / "captions.txt") == ["a dog", "a café"]
+    """Also with the mark that Windows puts first, and Unicode's other ends of lines within one."""
+    text = "\ufeffa dog\r\n\r\n  a café \r\na cat\u2028on a mat\x85"
+    (tmp_path / "captions.txt").write_bytes(text.encode())
+    captions = tokenizer.read_captions(tmp_path / "captions.txt")
+    assert captions == ["a dog", "a café", "a cat\u2028on a mat"]
 
 
 def test_every_missing_file_is_listed_at_once(tmp_path):
