@@ -1436,7 +1436,8 @@ def check_parts(saved, parts, folder):
     for part, had in saved["parts"].items():
         for key in ("made_from", "sha256"):
             if had.get(key) != parts.saved[part].get(key):
-                raise ValueError(f"{folder} was made with another {part} than {parts.files[part]}")
+                raise ValueError(f"{folder} was made with another {part} than "
+                                 f"{parts.files[part]}: choose another --name")
 
 
 def open_log(run, start):
@@ -1606,12 +1607,15 @@ def ablate(base, root, device):
     print(f"{len(runs)} runs. Ctrl-C stops; the same command goes on")
     parts = prepare(base, device)
     parts.cfg = base
+    for cfg in runs.values():
+        folder = root.parent / cfg.name
+        if (folder / "checkpoint.pt").exists():
+            check_parts(sample.read_checkpoint(folder), parts, folder)
     # one for all rows, whose networks differ in the student alone
     scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
     for (row, seed), cfg in runs.items():
         folder = root.parent / cfg.name
         if (folder / "score.json").exists():
-            check_parts(sample.read_checkpoint(folder), parts, folder)
             continue
         print(f"\n{row}, seed {seed}: {folder}")
         (folder / "samples").mkdir(parents=True, exist_ok=True)

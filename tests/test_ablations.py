@@ -464,8 +464,9 @@ def test_rows_over_other_networks_do_not_stand_in_one_table(ablations):
     torch.save(saved, path)
     done, steps = run()
     path.write_bytes(whole)
-    refused(done, "ste-gan-0 was made with another phi")
-    assert steps == 0
+    refused(done, "ste-gan-0 was made with another phi", "another --name")
+    # at once, not when it comes to that row
+    assert steps == 0 and "seed 0: " not in done.stdout
 
 
 def test_mean_and_range_over_the_seeds():
