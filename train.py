@@ -1437,7 +1437,8 @@ def check_parts(saved, parts, folder):
         for key in ("made_from", "sha256"):
             if had.get(key) != parts.saved[part].get(key):
                 raise ValueError(f"{folder} was made with another {part} than "
-                                 f"{parts.files[part]}: choose another --name")
+                                 f"{parts.files[part]}: bring that one back, or begin anew with "
+                                 "another --name")
 
 
 def open_log(run, start):
