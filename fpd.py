@@ -7,36 +7,34 @@ z_init --student--> logits --sample--> draft z_hat --hide a share r--> z_masked 
                       |                        drift loss (Eq. 6, 7) -+- Y <-- Phi <-- decoder +
                       +<--------------- gradient -------------+
 
-The student is right when its drafts have the distribution of their own refinements, for every r:
-a fixed point (Eq. 3). `fpd_step` is one step towards it; `fixed_point` goes there by itself.
+The student has converged when its drafts have the distribution of their own refinements, for every
+r: a fixed point (Eq. 3). `fpd_step` is one step towards it; `fixed_point` gets there without
+training.
 With `fpd_step` the method is complete. Below it: the teachers' own samplers, the optional GAN, and,
 for comparison, Di[M]O and SDTT.
 
     B drafts   L tokens each   K codes (mask id = K)   d code width  c condition   E (K, d) codebook
     r share of hidden positions   is_masked (B, L) bool, True = hidden   guidance s: u + s (c - u)
     generator: one torch.Generator for the batch, or a list of B, one per image (then image i does
-    not depend on its batch). Nothing in a training step makes the host wait for a GPU.
+    not depend on its batch).
 """
 import copy
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import tokenizer as tok
 from drift import drift_loss
-from models import ConvNet, Discriminator, load_discriminator
+from models import Discriminator, MaskGen, load_discriminator
 
 
 # ---------------------------------------------------------------- randomness
 def generators(seed, first, n, device):
-    """One generator per image: image 1234 is the same picture at batch size 8 and 256.
-
-    (The streams of CPU and GPU differ.)
-    """
+    """One generator per image, so that an image does not depend on the batch it is drawn in."""
     return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
 
 
@@ -62,58 +60,49 @@ def draw(logits, temperature, generator):
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
 def mask_ratio(t, schedule="arccos"):
-    """gamma of Eq. 1: the share of hidden positions.
+    """gamma of Eq. 1: the share of hidden positions at time t, from gamma(0) = 1 to gamma(1) = 0.
 
-    Our t runs the other way than the paper's, with sampling: from 0 (all hidden) to 1 (none)
+    Our t runs with sampling, from all hidden to none; the paper's runs the other way.
     """
     schedules = {"arccos": lambda t: torch.arccos(t) / (math.pi / 2),
                  "cosine": lambda t: torch.cos(t * math.pi / 2),
                  "linear": lambda t: 1 - t,
                  "square": lambda t: 1 - t ** 2,
                  "root": lambda t: 1 - t.sqrt()}
-    if schedule not in schedules:
-        raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(schedules)}")
     return schedules[schedule](t)
 
 
-def random_order(shape, generator, device):
-    """A random order of the positions of each image: the rank of every position. -> (B, L) long"""
-    return uniform(shape, generator, device).argsort(1).argsort(1)
+def hide(rank, r):
+    """Hide a share r (B,) of the positions, given in a random order. -> (B, L), True = hidden
 
-
-def hide(order, r):
-    """The first positions of an order (B, L), a share r (B,) of them. -> (B, L) bool, True = hidden
-
-    The count is exact, max(1, round(r L)), where Eq. 1 tosses a coin for each position: every image
-    is then refined at the r that was drawn. A smaller share of one order lies within a larger one.
+    rank (B, L): the place of each position in that order. The count is exact, max(1, round(r L)),
+    so that every image is refined at the r that was drawn; in Eq. 1 it is exact on average only.
     """
-    n = (r * order.shape[1]).round().clamp(min=1)                   # (B,), never none
-    return order < n[:, None]
+    n = (r * rank.shape[1]).round().clamp(min=1)                    # (B,), never none
+    return rank < n[:, None]
 
 
 def remask(z, r, mask_id, generator):
-    """M_r of Eq. 5: hide a share r of each draft (Eq. 1).
+    """M_r of Eq. 5: hide a share r of each draft at random (Eq. 1).
 
-    z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L)
+    z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L) bool
     """
-    is_masked = hide(random_order(z.shape, generator, z.device), r.to(z.device))
+    rank = uniform(z.shape, generator, z.device).argsort(1).argsort(1)  # a random order, (B, L)
+    is_masked = hide(rank, r.to(z.device))
     return z.masked_fill(is_masked, mask_id), is_masked
 
 
 def sample_ratio(B, low, high, generator, device="cpu"):
     """r ~ pi of Eq. 5: the teacher's training law arccos(u) 2/pi, cut to [low, high]. -> (B,)"""
-    # by the inverse of its cumulative distribution
+    # arccos decreases, so the bounds of u are those of r in reverse order
     u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
-    return mask_ratio(u_low + (u_high - u_low) * uniform((B,), generator, device), "arccos")
+    return mask_ratio(u_low + (u_high - u_low) * uniform((B,), generator, device))
 
 
 # ---------------------------------------------------------------- the teacher (Sec. 3.1)
 def guided_logits(model, z, c, s):
-    """u + s (c - u), from one pass over the doubled batch; s = 1 needs no unconditional half.
-
-    -> (B, L, K) float32
-    """
-    if s == 1:
+    """Guidance u + s (c - u), from one pass over the doubled batch. -> (B, L, K) float32"""
+    if s == 1:                                                      # no guidance, no second half
         return model(z, c).float()
     drop = torch.arange(2 * len(z), device=z.device) >= len(z)      # True: the unconditional half
     logits = model(torch.cat([z, z]), torch.cat([c, c]), drop).float()
@@ -125,7 +114,7 @@ def guided_logits(model, z, c, s):
 def init_tokens(B, L, K, r_init, generator, device="cpu"):
     """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes. -> (B, L)
 
-    It is the only noise that the student gets: which positions are visible, and their codes.
+    This is the student's only noise: which positions are visible, and their codes.
     """
     codes = (uniform((B, L), generator, device) * K).long()
     if r_init == 0:
@@ -138,15 +127,15 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
 def refine(teacher, z_masked, c, s, generator):
     """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L), guidance s.
 
-    Visible tokens stay. Every hidden position is sampled, not maximised: Eq. 3 is of distributions.
-    And all are filled, in one pass: the result has to be decoded.   -> z_ref (B, L), codes only
+    Hidden tokens are sampled, not maximised, because Eq. 3 is about distributions. All are filled,
+    although Sec. 3.1's operator masks some again, because the result is decoded.   -> z_ref (B, L)
     """
     logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
     return torch.where(z_masked == teacher.K, draw(logits, 1.0, generator), z_masked)
 
 
-def correct(teacher, z, c, cfg, generator):
-    """The operator of Eq. 3, T_phi^r after M_r: hide a share r ~ pi of z (B, L), let it be refined.
+def local_correction(teacher, z, c, cfg, generator):
+    """The operator of Eq. 3: hide a share r ~ pi of z (B, L), and let the teacher fill it again.
 
     -> z_ref (B, L), is_masked (B, L)
     """
@@ -157,13 +146,13 @@ def correct(teacher, z, c, cfg, generator):
 
 
 def fixed_point(teacher, z, c, cfg, generator, rounds):
-    """Tokens z (B, L) after `rounds` of Eq. 3's operator: near its fixed point. -> (B, L)
+    """Tokens z (B, L) after `rounds` of Eq. 3's operator, near its fixed point. -> (B, L)
 
-    That is the distribution which the student is asked to draw. No training is needed to see it:
-    from samples of the teacher it shows in seconds what pi and guidance promise.
+    This is the distribution that the student is trained towards. It needs no training: started from
+    samples of the teacher, it shows within seconds what a perfect student would draw.
     """
     for _ in range(rounds):
-        z, _ = correct(teacher, z, c, cfg, generator)
+        z, _ = local_correction(teacher, z, c, cfg, generator)
     return z
 
 
@@ -172,57 +161,46 @@ class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi; one X (B, F, D) for each block.
 
     Both are frozen, yet gradients pass. cfg: blocks, grid (F = grid^2 positions), space, and
-    lift_chunk: that many images at a time, nothing kept but what comes out, and the backward pass
-    computes the rest again. Exact, since neither decoder nor Phi looks at more than one image.
-    mark: is told which part of a step begins (train.py --bench)
+    lift_chunk: so many images are lifted at a time, and the backward pass computes the rest again.
+    That saves memory and is exact, since neither decoder nor Phi mixes the images of a batch.
     """
-    def __init__(self, tokenizer, phi, cfg, mark=lambda part: None):
-        self.tokenizer, self.phi, self.cfg, self.mark = tokenizer, phi, cfg, mark
+    def __init__(self, tokenizer, phi, cfg):
+        self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
 
     def in_chunks(self, f, *inputs):
-        """f, which returns a list of tensors, on `lift_chunk` rows of the inputs at a time."""
+        """[f of the first lift_chunk rows of the inputs, f of the next ones, ...]"""
         n = self.cfg.lift_chunk
         if n is None:
-            return f(*inputs)
+            return [f(*inputs)]
         parts = zip(*(x.split(n) for x in inputs))
-        results = [checkpoint(f, *part, use_reentrant=False) for part in parts]
-        return [torch.cat(pieces) for pieces in zip(*results)]
+        return [checkpoint(f, *part, use_reentrant=False) for part in parts]
 
     def decode(self, e, c):
         """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W).
 
-        No clamp: it would stop the gradient.
+        No clamp, which would stop the gradient. The decoder runs in the precision of its own
+        weights: under autocast its norms would be float32, with copies before and after each of
+        them, a quarter of a training step's time on a GPU.
         """
-        self.mark("decode")
-        return self.in_chunks(self.decoded, e, c)[0]
-
-    def decoded(self, e, c):
-        """In the precision of the decoder's own weights: under autocast its norms would be float32,
-        with copies before and after each, a quarter of a training step's time on a GPU."""
         dtype = next(self.tokenizer.decoder.parameters()).dtype
+        if c.is_floating_point():                                   # text states, not labels
+            c = c.to(dtype)
         with torch.autocast(e.device.type, enabled=False):
-            c = c.to(dtype) if c.is_floating_point() else c         # text, not labels
-            return [self.tokenizer.decode(e.to(dtype), c)]
+            return torch.cat(self.in_chunks(self.tokenizer.decode, e.to(dtype), c))
 
     def features(self, images):
         """Images (B, 3, H, W) -> list of X (B, F, D)."""
-        self.mark("lift")
-        X = self.in_chunks(self.maps, images)
-        self.mark("drift")
-        return X
+        return [torch.cat(X) for X in zip(*self.in_chunks(self.maps, images))]
 
     def maps(self, images):
         grid = self.cfg.grid
         if self.cfg.space == "pixel":                               # Table 4a: nothing learned
-            side = images.shape[-1] // grid                         # what is left over stays out
+            side = images.shape[-1] // grid                         # a remainder is cut off
             pixels = images[..., :grid * side, :grid * side]
             return [F.unfold(pixels, side, stride=side).transpose(1, 2)]    # (B, F, 3 side^2)
-        maps = self.phi.maps(images)
-        if isinstance(self.phi, ConvNet):                           # a Backbone chooses itself
-            maps = [maps[block] for block in self.cfg.blocks]
         X = []
-        for m in maps:                                              # (B, D, h, w)
-            # every location weighs the same
+        for m in self.phi.maps(images, self.cfg.blocks):            # (B, D, h, w)
+            # standardised, so that every location has the same weight
             m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)
             X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))     # (B, F, D)
         return X
@@ -246,10 +224,10 @@ def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """
     logits, E = logits.float(), E.float()
     z_hat = draw(logits, temperature, generator)                    # Eq. 4, z_hat ~ p_theta
-    # in float32: in bfloat16, codes that are near each other would get the same gradient
+    # in float32, because bfloat16 would give codes that are near each other the same gradient
     with torch.autocast(logits.device.type, enabled=False):
-        # the mean code. At temperature 1, also of colder drafts: a token that is nearly sure would
-        # get nearly no gradient, right or wrong
+        # The mean code, at temperature 1 whatever that of the draft: in a colder softmax a nearly
+        # certain token would get nearly no gradient, right or wrong
         e_soft = logits.softmax(-1) @ E                             # (B, L, d)
     if soft:
         return z_hat, e_soft
@@ -269,12 +247,6 @@ def entropy(logits):
     """Of the distributions of tokens, in nats per token. (..., K) -> ()"""
     p = logits.float().softmax(-1)
     return -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
-
-
-def codes_used(z_hat, K):
-    """How many of the K codes occur in the drafts (B, L). -> ()"""
-    used = torch.zeros(K, device=z_hat.device)
-    return used.scatter_(0, z_hat.flatten(), 1.0).sum()
 
 
 def fpd_step(student, teacher, lift, E, c, cfg, generator):
@@ -300,7 +272,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         source = z_hat
         if cfg.draft == "random":                                   # Table 3b
             source = init_tokens(B, student.L, K, 0, generator, c.device)
-        z_ref, is_masked = correct(teacher, source, c, cfg, generator)  # (B, L)
+        z_ref, is_masked = local_correction(teacher, source, c, cfg, generator)   # (B, L)
         Y = lift.features(lift.decode(E[z_ref], c))                 # targets are constants
     # lift the draft (Sec. 3.3), with gradient
     images = lift.decode(e, c)                                      # (B, 3, H, W)
@@ -314,29 +286,23 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         loss = loss + block_loss
         for name, value in block_logs.items():
             logs[name] = logs.get(name, 0.0) + value / len(X)
-    with torch.no_grad():                                           # a collapse shows here first
+    with torch.no_grad():                                           # a collapse is seen here first
         logs["entropy"] = entropy(logits)
-        logs["codes_used"] = codes_used(z_hat, K)
+        is_used = torch.zeros(K, device=c.device).scatter_(0, z_hat.flatten(), 1.0)     # (K,)
+        logs["codes_used"] = is_used.sum()
         # share of the hidden tokens that the teacher replaced
         logs["changed"] = (z_ref != source).float().sum() / is_masked.sum()
     return loss, logs, images
 
 
 # ---------------------------------------------------------------- T-step samplers (Sec. 3.1)
-# The teachers as their authors sample them: what one step is compared with. No training step of FPD
-# needs them.
-def check_steps(steps, L):
-    if not 1 <= steps <= L:
-        raise ValueError(f"steps must be between 1 and the {L} tokens of an image, got {steps}")
-
-
+# The teachers as their authors sample them. No training step of FPD needs this.
 def reveal_counts(L, steps, schedule="arccos"):
     """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
 
     At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have
     nothing left to do (0).
     """
-    check_steps(steps, L)
     if steps == 1:
         return [L]                                                  # official: a division by zero
     v = mask_ratio(torch.linspace(1, 0, steps), schedule)
@@ -378,7 +344,6 @@ def remask_counts(L, steps):
 
     -> list of `steps` ints, falling to 0 in the last
     """
-    check_steps(steps, L)
     counts = [L]                                                    # before the first step
     for ratio in mask_ratio(torch.arange(1, steps) / steps).tolist():
         # at least one is revealed, and one left for the next step
@@ -399,8 +364,6 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine
     returns   z (B, L), codes only
     """
     ramps = {"cosine": lambda t: (1 - math.cos(math.pi * t)) / 2, "linear": lambda t: t}
-    if ramp not in ramps:
-        raise ValueError(f"unknown ramp {ramp!r}; there are {', '.join(ramps)}")
     B, L, K = len(c), teacher.L, teacher.K
     z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
     for i, count in enumerate(remask_counts(L, steps)):
@@ -419,8 +382,8 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine
 
 
 def sample_teacher(teacher, c, steps, generator, s, noise):
-    """The teacher's own sampler: MaskGen, which has an empty caption, or MaskGIT. -> z (B, L)"""
-    sampler = sample_maskgen if hasattr(teacher, "empty") else sample
+    """The teacher's own sampler, MaskGen's or MaskGIT's. -> z (B, L)"""
+    sampler = sample_maskgen if isinstance(teacher, MaskGen) else sample
     return sampler(teacher, c, steps, generator, s=s, noise=noise)
 
 
@@ -443,10 +406,9 @@ def axis_of(size, shift, centre):
 def diff_augment(images, generator):
     """DiffAugment (Zhao et al. 2020): colour, translation, cutout, drawn per image.
 
-    (B, 3, H, W) -> the same shape; the gradient passes. The discriminator sees real images and
-    drafts only so: a small set of real ones cannot be learned by heart. Ours are in [-1, 1] here;
-    officially each network's input normalisation comes first, which makes the colours that DeiT
-    sees vary half as much.
+    (B, 3, H, W) -> the same shape. Real images and drafts are augmented alike, so that the
+    discriminator cannot learn a small set of real images by heart. Officially the augmentation
+    comes after each network's input normalisation; for DeiT, colours then vary half as much.
     """
     B, C, H, W = images.shape
     u = uniform((B, 7), generator, images.device)
@@ -489,26 +451,17 @@ def blur(images, sigma):
     return F.conv2d(images, kernel[:, :, None], padding=(0, radius), groups=3)
 
 
-def gan_logits(discriminator, images, generator, sigma=0.0):
-    """What the discriminator says to images (B, 3, H, W), real or drafts, as in training.
-
-    -> list of (B, n), one for each feature network. Real images and drafts come in two calls: each
-    has its own batch statistics. sigma: of `blur_sigma`
-    """
-    return discriminator(blur(images, sigma), lambda x: diff_augment(x, generator))
-
-
 def row_mean(logits, f):
-    """Mean of f over images and logits, then over the networks, which count alike. -> ()"""
+    """Mean of f over images and logits, then over the networks, which count alike. -> ()
+
+    logits: list of (B, n). The official losses are sums over images and networks, B * len(logits)
+    times as large: lambda would then depend on B.
+    """
     return torch.stack([f(x.float()).mean() for x in logits]).mean()
 
 
 def gan_loss(fake):
-    """L_gan of the student (Sec. 3.4, hinge): high logits for its drafts. list of (B, n) -> ()
-
-    The official loss is the sum over images and networks, len(fake) * B times this one (also
-    below): lambda would depend on B.
-    """
+    """L_gan of the student (Sec. 3.4, hinge): high logits for its drafts. list of (B, n) -> ()"""
     return row_mean(fake, lambda x: -x)
 
 
@@ -518,24 +471,26 @@ def discriminator_loss(real, fake):
 
 
 def gan_step(discriminator, opt, images, real, seen, generator):
-    """One step of the discriminator on drafts and real images, then what it tells the student.
+    """One step of the discriminator on drafts and real images, then its gradient for the student.
 
     images, real   (B, 3, H, W), drafts and real images
     opt, seen      the discriminator's optimiser, and how many drafts it has seen before
     returns        d L_gan / d images (B, 3, H, W); logs: logits of real images and drafts, its loss
     """
-    sigma, drafts = blur_sigma(seen, images.shape[-1]), images.detach()
-    discriminator.train().requires_grad_(True)
-    on_real = gan_logits(discriminator, real, generator, sigma)
-    on_drafts = gan_logits(discriminator, drafts, generator, sigma)
+    sigma = blur_sigma(seen, images.shape[-1])
+
+    def logits(x):
+        return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
+
+    discriminator.train()
+    on_real = logits(real)          # in two calls, so that each has its own batch statistics
+    on_drafts = logits(images.detach())
     loss = discriminator_loss(on_real, on_drafts)
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
-    discriminator.requires_grad_(False)
-    drafts.requires_grad_(True)
-    students_loss = gan_loss(gan_logits(discriminator, drafts, generator, sigma))
-    gradient, = torch.autograd.grad(students_loss, drafts)
+    drafts = images.detach().requires_grad_()
+    gradient, = torch.autograd.grad(gan_loss(logits(drafts)), drafts)
     logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x),
                 gan_loss=loss)
     return gradient, {key: value.detach() for key, value in logs.items()}
@@ -544,214 +499,149 @@ def gan_step(discriminator, opt, images, real, seen, generator):
 class Gan:
     """The discriminator, its optimiser and its real images (Sec. 3.4).
 
-    Nothing else in the distillation sees a real image. Which ones come next follows from the seed,
-    the process (rank) and how many were seen, so that files are read while a step is under way.
+    Nothing else in the distillation sees a real image. Which ones a step takes follows from the
+    seed and the step.   .trained: what a checkpoint has to hold
     """
-    def __init__(self, cfg, parts, device, rank=0, processes=1):
-        self.size, self.weight = parts.tokenizer.image_size, cfg.gan_weight
-        self.seed, self.rank, self.processes, self.device = cfg.seed, rank, processes, device
-        torch.manual_seed(cfg.seed)                                 # the random discriminator's
-        if hasattr(parts, "real_files"):                            # official networks
-            self.images = parts.real_files
-            self.discriminator = load_discriminator(parts.discriminator_files, self.size, device)
+    def __init__(self, cfg, parts, device):
+        self.cfg, self.size = cfg, parts.tokenizer.image_size
+        torch.manual_seed(cfg.seed)                                 # of the random discriminator
+        if cfg.dataset in ("imagenet", "laion") and not cfg.smoke:
+            self.images = tok.image_files(cfg.data)
+            discriminator = load_discriminator(parts.feature_files, self.size, device)
         else:
-            if cfg.dataset in ("shapes", "scenes", "folder"):
-                self.images = tok.world(cfg, "train")[0]
-            else:                                                   # --smoke: any of their size
+            if cfg.dataset in ("imagenet", "laion"):                # --smoke: any of their size
                 self.images = tok.shapes(torch.arange(240) % 24, 0, size=self.size)
-            networks = {"phi": parts.phi}
-            self.discriminator = Discriminator(networks, self.size, width=16).to(device)
-        heads = self.discriminator.discriminators.parameters()
+            else:
+                self.images, _, _ = tok.world(cfg, "train")
+            discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
         # as in StyleGAN-XL; the paper names no settings of its discriminator
-        self.opt = torch.optim.Adam(heads, lr=2e-3, betas=(0.0, 0.99))
-        self.seen = 0                                               # drafts, of all processes
-        self.reader, self.ahead = ThreadPoolExecutor(1), None       # the next step's real images
+        opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
+                               betas=(0.0, 0.99))
+        self.discriminator, self.opt = discriminator, opt
+        self.trained = dict(discriminator=discriminator, discriminator_opt=opt)
 
-    def read(self, n, seen):
+    def real(self, n, seen):
         """The n real images of the step that begins with `seen`. -> (n, 3, H, W) in [-1, 1]"""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + seen + self.rank * n)
-        picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
-        images = [self.images[i] for i in picks]
-        images = [tok.read_image(x, self.size) if isinstance(x, Path) else x for x in images]
-        images = tok.to_float(torch.stack(images))
-        return images.pin_memory() if self.device == "cuda" else images     # copied without a wait
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
+        images = []
+        # more than n, because files that cannot be read are skipped
+        for i in torch.randint(len(self.images), (10 * n,), generator=generator).tolist():
+            image = self.images[i]
+            try:
+                if isinstance(image, Path):
+                    image = tok.read_image(image, self.size)
+                images.append(image)
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}")
+            if len(images) == n:
+                break
+        else:
+            raise ValueError(f"nearly all images of {self.cfg.data} cannot be read")
+        return tok.to_float(torch.stack(images))
 
-    def real(self, n):
-        """This step's real images (n, 3, H, W); the next step's are read meanwhile."""
-        now = self.ahead or self.reader.submit(self.read, n, self.seen)
-        self.ahead = self.reader.submit(self.read, n, self.seen + n * self.processes)
-        return now.result()
-
-    def add(self, gradient, images, generator):
+    def add(self, gradient, images, step, generator):
         """Adds the GAN's gradient to the drift loss's, both at the decoded drafts (B, 3, H, W).
 
-        The GAN's is brought to `gan_weight` times the size of the drift's: lambda of Sec. 3.4 then
-        means the same for every network. -> the sum, logs
+        The paper's sum is L_total = L_drift + lambda L_gan. Here lambda is chosen in every step
+        such that the GAN's gradient is gan_weight times as large as the drift's: a weight then
+        means the same for every network.   -> the sum, logs
         """
-        real = self.real(len(images)).to(images, non_blocking=True)
-        gan, logs = gan_step(self.discriminator, self.opt, images, real, self.seen, generator)
-        self.seen += len(images) * self.processes                   # all teach the same one
-        share = self.weight * gradient.norm() / gan.norm().clamp(min=1e-12)
-        logs["gan_scale"] = share                                   # lambda of the paper's sum
-        return gradient + share * gan, logs
-
-    def state(self):
-        return dict(heads=self.discriminator.state_dict(), opt=self.opt.state_dict(),
-                    seen=self.seen)
-
-    def load(self, state):
-        self.discriminator.load_state_dict(state["heads"])
-        self.opt.load_state_dict(state["opt"])
-        self.seen, self.ahead = state["seen"], None
-
-    @staticmethod
-    def verdict(logs):
-        """A discriminator that no longer helps, in words, or None.
-
-        Hinge: the logits of real images want to be above 1, those of drafts below -1.
-        """
-        if logs["gan_real"] > 1 and logs["gan_fake"] < -1:
-            return ("the discriminator wins: it tells every draft from every real image; "
-                    "a smaller --gan-weight may help")
-        if abs(logs["gan_real"] - logs["gan_fake"]) < 0.02:
-            return "the discriminator is lost: real images and drafts look the same to it"
+        seen = (step - 1) * len(images)                             # drafts before this step
+        real = self.real(len(images), seen).to(images)
+        gan, logs = gan_step(self.discriminator, self.opt, images, real, seen, generator)
+        scale = self.cfg.gan_weight * gradient.norm() / gan.norm().clamp(min=1e-12)
+        logs["gan_scale"] = scale                                   # lambda of the paper's sum
+        return gradient + scale * gan, logs
 
 
-# ---------------------------------------------------------------- for comparison: Di[M]O (Table 2)
-# Here the paper's method ends. What follows are two other methods, over the same networks.
-def masked_mean(x, is_masked):
-    """Mean of x (B, L) over the hidden positions. -> ()"""
-    return (x * is_masked).sum() / is_masked.sum()
-
-
-def dimo_step(student, teacher, auxiliary, opt, c, cfg, generator):
-    """One training step of Di[M]O (Zhu et al. 2025): token-level matching on the student's drafts.
-
-    What a teacher of these drafts would answer to a partly hidden one, the student cannot say: it
-    knows z_init alone. So the auxiliary learns it from the drafts. Where teacher and auxiliary
-    disagree, measured by KL(teacher, auxiliary) as in its released configuration, the student's
-    logits of the same positions are pushed as the auxiliary's should be. No gradient passes a
-    sampled token, a decoder or Phi. The caller runs backward.
-
-    auxiliary, opt   a copy of the teacher, and its own optimiser: both take a step here
-    returns          loss (), whose value is the divergence per hidden token; logs
-    """
-    B, K, device = len(c), student.K, c.device
-    z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, device)
-    logits = student(z_init, c).float() / cfg.temperature     # (B, L, K)
-    z_hat = draw(logits, 1.0, generator)                            # (B, L)
-
-    def hide_some():
-        """r as in the teacher's training."""
-        return remask(z_hat, sample_ratio(B, 0, 1, generator, device), K, generator)
-
-    z_masked, is_masked = hide_some()
-    with torch.no_grad():
-        log_p = guided_logits(teacher, z_masked, c, cfg.teacher_cfg).log_softmax(-1)  # (B, L, K)
-        q = auxiliary(z_masked, c).float()
-    # autocast keeps weights that it cast under no_grad, and they would get no gradient below
-    torch.clear_autocast_cache()
-    q.requires_grad_()
-    kl = F.kl_div(q.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)   # (B, L)
-    divergence = masked_mean(kl, is_masked)
-    gradient, = torch.autograd.grad(divergence, q)
-    # the bracket is 0: `gradient` goes to the student's logits as it is
-    loss = divergence.detach() + (gradient * (logits - logits.detach())).sum()
-    # the auxiliary: the teacher's own training (Eq. 2), with drafts in place of data
-    z_masked, is_masked = hide_some()
-    surprise = F.cross_entropy(auxiliary(z_masked, c).float().transpose(1, 2), z_hat,
-                               reduction="none")                    # (B, L)
-    auxiliary_loss = masked_mean(surprise, is_masked)
-    opt.zero_grad(set_to_none=True)
-    auxiliary_loss.backward()
-    opt.step()
-    logs = dict(auxiliary_loss=auxiliary_loss.detach(), entropy=entropy(logits.detach()),
-                codes_used=codes_used(z_hat, K))
-    return loss, logs
-
-
+# ---------------------------------------------------------------- for comparison (Table 2)
+# The paper's method ends above. What follows are two other methods, over the same networks.
 class DiMO:
-    """Di[M]O's auxiliary network and its optimiser (`dimo_step`)."""
+    """Di[M]O (Zhu et al. 2025): token-level matching on the student's drafts.
+
+    It needs the distribution of the drafts' hidden tokens, given the visible ones. An auxiliary
+    network learns it from the drafts, because the student sees z_init only. The student's logits
+    then get the gradient of KL(teacher, auxiliary) with respect to the auxiliary's logits, past the
+    sampling, the decoder and Phi.   .trained: for the checkpoint
+    """
     def __init__(self, cfg, parts):
         self.cfg, self.teacher = cfg, parts.teacher
         self.auxiliary = copy.deepcopy(parts.teacher).requires_grad_(True)
         # never slower than the student that it follows
         self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)
+        self.trained = dict(auxiliary=self.auxiliary, auxiliary_opt=self.opt)
 
     def step(self, student, c, step, generator):
-        return dimo_step(student, self.teacher, self.auxiliary, self.opt, c, self.cfg, generator)
-
-    def state(self):
-        return dict(auxiliary=self.auxiliary.state_dict(), opt=self.opt.state_dict())
-
-    def load(self, state):
-        self.auxiliary.load_state_dict(state["auxiliary"])
-        self.opt.load_state_dict(state["opt"])
-
-
-# ---------------------------------------------------------------- for comparison: SDTT (Table 2)
-def sdtt_target(teacher, z, c, now, middle, s, generator):
-    """What two of the teacher's steps say to the positions that one step of the student fills.
-
-    z (B, L)   codes, of which the share `now` (B,) is hidden at first, and `middle` (B,) still
-               after the teacher's first step
-    returns    z_masked (B, L), is_masked (B, L), logits (B, L, K): at the positions revealed first
-               those of the first step, else of the second
-    """
-    order = random_order(z.shape, generator, z.device)
-    is_masked, still = hide(order, now), hide(order, middle)        # (B, L) each
-    z_masked = z.masked_fill(is_masked, teacher.K)
-    first = guided_logits(teacher, z_masked, c, s)
-    halfway = torch.where(is_masked & ~still, draw(first, 1.0, generator), z_masked)
-    second = guided_logits(teacher, halfway, c, s)
-    return z_masked, is_masked, torch.where(still[..., None], second, first)
-
-
-def sdtt_step(student, teacher, z, c, steps, s, generator):
-    """One training step of SDTT (Deschenaux and Gulcehre 2024). The caller runs backward.
-
-    One of the student's `steps` learns two of the teacher's, which takes twice as many.
-    z (B, L)  images' tokens; with steps = 1 everything is hidden, and they do not matter
-    s         guidance of the teacher
-    returns   loss (), KL(student, teacher) per hidden token, their default; logs
-    """
-    with torch.no_grad():
-        t = (uniform((len(z),), generator, z.device) * steps).floor()  # (B,), step 0 .. steps - 1
-        now, middle = mask_ratio(t / steps), mask_ratio((t + 0.5) / steps)
-        z_masked, is_masked, target = sdtt_target(teacher, z, c, now, middle, s, generator)
-    logits = student(z_masked, c).float()                           # (B, L, K)
-    kl = F.kl_div(target.log_softmax(-1), logits.log_softmax(-1), log_target=True,
-                  reduction="none").sum(-1)                         # (B, L)
-    return masked_mean(kl, is_masked), dict(entropy=entropy(logits.detach()))
+        """c (B, ...) -> loss (), whose value is KL(teacher, auxiliary) per hidden token, as in the
+        released configuration; logs. The caller runs backward; the auxiliary takes its step here.
+        """
+        cfg, B, K = self.cfg, len(c), student.K
+        z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)
+        logits = student(z_init, c).float() / cfg.temperature       # (B, L, K)
+        z_hat = draw(logits, 1.0, generator)                        # (B, L)
+        r = sample_ratio(B, 0, 1, generator, c.device)              # as in the teacher's training
+        z_masked, is_masked = remask(z_hat, r, K, generator)
+        with torch.no_grad():
+            log_p = guided_logits(self.teacher, z_masked, c, cfg.teacher_cfg).log_softmax(-1)
+            q = self.auxiliary(z_masked, c).float()                 # (B, L, K)
+        # autocast keeps the weights that it cast under no_grad, and they would get no gradient
+        torch.clear_autocast_cache()
+        q.requires_grad_()
+        kl = F.kl_div(q.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
+        divergence = (kl * is_masked).sum() / is_masked.sum()       # mean over what is hidden
+        gradient, = torch.autograd.grad(divergence, q)
+        # the bracket is 0: `gradient` goes to the student's logits as it is
+        loss = divergence.detach() + (gradient * (logits - logits.detach())).sum()
+        # the auxiliary: the teacher's own training (Eq. 2), with drafts in place of data
+        r = sample_ratio(B, 0, 1, generator, c.device)
+        z_masked, is_masked = remask(z_hat, r, K, generator)
+        surprise = F.cross_entropy(self.auxiliary(z_masked, c).float().transpose(1, 2), z_hat,
+                                   reduction="none")                # (B, L)
+        auxiliary_loss = (surprise * is_masked).sum() / is_masked.sum()
+        self.opt.zero_grad(set_to_none=True)
+        auxiliary_loss.backward()
+        self.opt.step()
+        return loss, dict(auxiliary_loss=auxiliary_loss.detach(), entropy=entropy(logits.detach()))
 
 
 class SDTT:
-    """SDTT's teacher of the round (`sdtt_step`).
+    """SDTT (Deschenaux and Gulcehre 2024): one step of the student learns two of the teacher's.
 
-    Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps; after each, the student becomes it.
+    Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps; after each round the student becomes
+    the teacher of the next.   .trained: for the checkpoint
     """
     def __init__(self, cfg, parts):
         self.cfg, self.original = cfg, parts.teacher
-        self.teacher, self.round = copy.deepcopy(parts.teacher), 0
+        self.teacher = copy.deepcopy(parts.teacher)
+        self.trained = dict(sdtt_teacher=self.teacher)
 
     def step(self, student, c, step, generator):
-        cfg, now = self.cfg, 4 * (step - 1) // self.cfg.steps
-        if now > self.round:
-            self.teacher.load_state_dict(student.state_dict())
-            self.round = now
-        if now < 3:
-            # SDTT's own canvases are training data, ours the teacher's samples in 4 steps
-            z = sample_teacher(self.original, c, 4, generator, cfg.guidance, cfg.confidence_noise)
-        else:
-            # all of it will be hidden
-            z = torch.zeros(len(c), student.L, dtype=torch.long, device=c.device)
-        # after the first round the guidance is learnt
-        s = cfg.teacher_cfg if now == 0 else 1
-        return sdtt_step(student, self.teacher, z, c, 8 >> now, s, generator)
-
-    def state(self):
-        return dict(teacher=self.teacher.state_dict(), round=self.round)
-
-    def load(self, state):
-        self.teacher.load_state_dict(state["teacher"])
-        self.round = state["round"]
+        """c (B, ...) -> loss (), KL(student, teacher) per hidden token, their default; logs."""
+        cfg, teacher = self.cfg, self.teacher
+        B, L, K = len(c), student.L, student.K
+        now = 4 * (step - 1) // cfg.steps                           # round 0 .. 3
+        if now > 4 * (step - 2) // cfg.steps >= 0:
+            teacher.load_state_dict(student.state_dict())
+        steps = 8 >> now                                            # that the student shall take
+        s = cfg.teacher_cfg if now == 0 else 1                      # later, guidance is learnt
+        with torch.no_grad():
+            if steps > 1:
+                # theirs are training images, ours samples of the teacher in 4 steps
+                z = sample_teacher(self.original, c, 4, generator, cfg.guidance,
+                                   cfg.confidence_noise)            # (B, L)
+            else:
+                z = torch.zeros(B, L, dtype=torch.long, device=c.device)    # all will be hidden
+            t = (uniform((B,), generator, c.device) * steps).floor()    # step 0 .. steps - 1
+            rank = uniform(z.shape, generator, c.device).argsort(1).argsort(1)
+            is_masked = hide(rank, mask_ratio(t / steps))           # (B, L)
+            still_masked = hide(rank, mask_ratio((t + 0.5) / steps))    # after half of the step
+            z_masked = z.masked_fill(is_masked, K)
+            first = guided_logits(teacher, z_masked, c, s)          # (B, L, K)
+            halfway = torch.where(is_masked & ~still_masked, draw(first, 1.0, generator), z_masked)
+            second = guided_logits(teacher, halfway, c, s)
+            target = torch.where(still_masked[..., None], second, first)
+        logits = student(z_masked, c).float()                       # (B, L, K)
+        kl = F.kl_div(target.log_softmax(-1), logits.log_softmax(-1), log_target=True,
+                      reduction="none").sum(-1)                     # (B, L)
+        loss = (kl * is_masked).sum() / is_masked.sum()
+        return loss, dict(entropy=entropy(logits.detach()))

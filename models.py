@@ -1,23 +1,16 @@
 """models.py - the networks: student and teacher, text encoders, Phi and more; their weights.
 
-MaskGIT        z (B, L) codes or mask, labels (B,) -> logits (B, L, K)
-               student g_theta and teacher f_phi (Sec. 3.1)
-MaskGen        z, text c (B, rows, W) -> logits (B, L, K)
-               the same with captions
-Words,         captions -> text c (B, rows, W): row 0 pooled, then states
-TextEncoder    of the scenes world, and CLIP's, whose last rows TA-TiTok reads
-ConvNet,       images (B, 3, H, W) -> 4 maps (B, D, h, w)
-Backbone       Phi: what "lifted" means (Sec. 3.3)
-Discriminator  images (B, 3, H, W) -> logits (B, n): real or draft?
-               for the optional GAN (Sec. 3.4)
-Inception      images -> features, logits
-               of FID and Inception Score (evaluate.py)
+MaskGIT              z (B, L) codes or mask, labels (B,) -> logits (B, L, K): teacher and student
+MaskGen              z, text c (B, rows, W) -> logits (B, L, K): the same with captions
+Words, TextEncoder   captions -> c (B, rows, W), row 0 pooled, then states: our own, and CLIP's
+ConvNet, Backbone    images (B, 3, H, W) -> maps (B, D, h, w): Phi, small and large (Sec. 3.3)
+Discriminator        images -> logits (B, n): real or draft? For the optional GAN (Sec. 3.4)
+Inception            images -> features, logits: for FID and Inception Score (evaluate.py)
 
-One class each for the small worlds and for the official networks: an official file loads strictly
-by its own key names.
+One class serves the small worlds and the official network. Each load_* function knows the sizes of
+the released network and loads its file strictly, by the official key names.
 """
 import math
-import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -26,39 +19,53 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from tokenizer import (SCENE_WORDS, count, load_strictly, parse_caption, read_weights, shape_of,
-                       source_name)
+from tokenizer import SCENE_WORDS, load_strictly, parse_caption, read_weights
 
 
-# ---------------------------------------------------------------- where pretrained weights are
-# The folder of official files, where --weights names no other
+# ---------------------------------------------------------------- pretrained weights
+# The folder in which official files are looked for, unless --weights names another one
 WEIGHTS = "weights"
 
 
-def find_weights(part, folder, name, repo, filename):
-    """Path of a weight file: <folder>/<name>, else the hub's (its cache, a download).
-
-    part             "tokenizer", "teacher", ...: how the message calls it
-    repo, filename   repository of the Hugging Face hub, path of the file inside it
-    ValueError in one line that names file, repository and place
-    """
+def find_weights(folder, name, repo, filename):
+    """Path of a weight file: <folder>/<name>, else that of a Hugging Face repository (downloaded
+    once). ValueError that names file, repository and place where there is neither."""
     place = Path(folder, name)
     if place.is_file():
         return place
+    # imported here because it is slow, and the small worlds need no hub
+    from huggingface_hub import hf_hub_download
     try:
-        # imported here: it is slow to import, and the small worlds need no hub
-        import huggingface_hub as hub
-        cached = hub.try_to_load_from_cache(repo, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-        # offline this fails at once, where a download would try for 25 s
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename), timeout=10)
-        return Path(hub.hf_hub_download(repo, filename))
+        return Path(hf_hub_download(repo, filename))
     except Exception as error:
-        # offline, no such file, disk full: dozens of types
-        raise ValueError(f"no weights for {part}: the hub gives none ({type(error).__name__}). "
-                         f"Put the file {filename} of repository {repo} (Hugging Face hub) at "
-                         f"{place}, or name another folder with --weights") from None
+        # one of dozens of types: offline, no such repository, disk full, ...
+        raise ValueError(f"no weights at {place}, nor from the hub ({type(error).__name__}). Put "
+                         f"the file {filename} of repository {repo} (Hugging Face hub) there, or "
+                         "name another folder with --weights") from None
+
+
+def load_weights(network, src, unused=()):
+    """Fill a network of timm or open_clip from a path or a state dict with exactly its keys; those
+    that begin as in `unused` may be there as well. -> the network, frozen and in eval mode"""
+    state = read_weights(src)
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+def import_timm():
+    """timm, even where torchvision does not fit torch, as PyPI's beside a CPU build of torch.
+
+    Where torchvision's compiled part cannot be loaded, its import fails on two operators that are
+    then undefined. timm and open_clip use neither, so it is enough to declare them.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor x) -> Tensor")
+    import timm
+    return timm
 
 
 # ---------------------------------------------------------------- MaskGIT (Besnier and Chen 2023)
@@ -92,8 +99,7 @@ class PreNorm(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """Bidirectional transformer over L image tokens and one class token (version 1 of the code).
-    Defaults: the small worlds' size.
+    """Bidirectional transformer over L image tokens and a class token. Defaults: a small world's.
 
     One table of K + 1 + num_classes + 1 rows holds everything:
         0 .. K-1 codes | K mask | K+1 .. K+num_classes classes | the last one: null class
@@ -106,10 +112,10 @@ class MaskGIT(nn.Module):
         self.K, self.L, self.num_classes = K, L, num_classes
         rows = K + 1 + num_classes + 1
         self.pos_emb = nn.Parameter(torch.zeros(1, L + 1, width))
-        # of the output; one per position and row
+        # the output's bias: one number per position and row
         self.bias = nn.Parameter(torch.zeros(L + 1, rows))
         self.tok_emb = nn.Embedding(rows, width)
-        # the official key names count the dropout modules: an Identity in the place of each
+        # the official key names count the dropout modules, hence an Identity in place of each
         self.first_layer = nn.Sequential(
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width), nn.GELU(),
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width))
@@ -124,18 +130,14 @@ class MaskGIT(nn.Module):
 
     def init_weights(self):
         """Every layer begins by keeping the variance. Officially the standard deviation is 0.02
-        everywhere, which at small widths is a slow start."""
+        everywhere, with which small widths learn slowly at first."""
         for p in self.parameters():
             if p is self.pos_emb or p is self.tok_emb.weight:
                 nn.init.normal_(p, std=0.02)
             elif p.ndim > 1 and p is not self.bias:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
-    def forward(self, z, labels, drop=None, mask_column=False):
-        """mask_column=True also returns the logit of "mask", (B, L, K + 1): the official sampler's
-        traces were drawn over it (tests)."""
-        if z.shape[1] != self.L:
-            raise ValueError(f"this MaskGIT was made for {self.L} tokens, got {z.shape[1]}")
+    def forward(self, z, labels, drop=None):
         row = self.K + 1 + labels                                               # (B,)
         if drop is not None:
             row = torch.where(drop, self.K + 1 + self.num_classes, row)
@@ -143,61 +145,23 @@ class MaskGIT(nn.Module):
         x = self.first_layer(x)
         for attention, mlp in self.transformer.layers:
             x = mlp(attention(x))
-        # the class token gives no logits, and nobody may answer "mask" or a class
+        # over the codes alone: an answer is never "mask" or a class
         x = self.last_layer(x[:, :self.L])                                      # (B, L, width)
-        columns = self.K + 1 if mask_column else self.K
-        return x @ self.tok_emb.weight[:columns].T + self.bias[:self.L, :columns]
+        return x @ self.tok_emb.weight[:self.K].T + self.bias[:self.L, :self.K]
 
 
-def codes_in_table(name, rows, width, heads, num_classes, released):
-    """K, read off a token table of (rows, width); ValueError where the options cannot be meant."""
-    if width == 0 or heads < 1 or width % heads:
-        raise ValueError(f"{name}: {heads} heads do not divide the width {width}; "
-                         f"the released {released} has 16")
-    K = rows - num_classes - 2
-    if K < 1:
-        raise ValueError(f"{name}: a table of {rows} rows cannot hold a mask, {num_classes} "
-                         "classes and a null class besides codes")
-    return K
-
-
-def load_maskgit(src, heads=16, num_classes=1000):
-    """The official MaskGIT, in eval mode, or a Di[M]O generator (a bare state dict,
-    `pytorch_model.bin`), which is the same network.
-
-    src           path or state dict of `pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth` of
-                  llvictorll/Maskgit-pytorch on the hub
-    heads         of the attention; no tensor tells, and the official constructor's default, 8,
-                  is not what the released weights have
-    num_classes   likewise: the tensors tell only K + num_classes, from the rows of the table
-    ValueError in one line when the file cannot be read or does not fit
-    """
-    name = source_name(src, "MaskGIT")
-    state = read_weights(src, "MaskGIT")
-    rows, width = shape_of(state, "tok_emb.weight", 2, name)
-    L = shape_of(state, "pos_emb", 3, name)[1] - 1
-    K = codes_in_table(name, rows, width, heads, num_classes, "ImageNet network")
-    # A wrong number of classes would shift every class and the mask without an error. Training
-    # shows it: only the columns of codes and mask are ever answers, so the bias of classes and null
-    # class stays exactly as it began, zero (in our own training mask's does, too).
-    columns = shape_of(state, "bias", 2, name)[1]
-    used = state["bias"].any(0).nonzero()
-    if len(used):
-        zeros = int(columns - used.max() - 1)
-        if zeros not in (0, num_classes + 1, num_classes + 2):
-            raise ValueError(f"{name} seems to have {zeros - 1} classes, by its bias, "
-                             f"instead of {num_classes}")
-    mlp = shape_of(state, "transformer.layers.0.1.fn.net.0.weight", 2, name)[0]
-    depth = count(state, "transformer.layers.{}.0.norm.weight")
-    # no memory and no random numbers before the file fits
+def load_maskgit(src, **sizes):
+    """The official MaskGIT, version 1: `pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth` of
+    llvictorll/Maskgit-pytorch on the hub. sizes: of a network of another size (tests)."""
+    # 16 heads, where the official default is 8: the shapes of the weights do not tell
+    released = dict(K=1024, L=256, num_classes=1000, width=768, depth=24, heads=16, mlp=3072)
     with torch.device("meta"):
-        model = MaskGIT(K, L, num_classes, width, depth, heads, mlp)
-    return load_strictly(model, state, name)
+        model = MaskGIT(**released | sizes)
+    return load_strictly(model, read_weights(src))
 
 
 def imagenet_names():
-    """The 1000 class names in the order of the labels, "tench" ... "golden retriever" (207) ...
-    Namesakes carry their number, "crane 134"."""
+    """The names of the 1000 classes. Namesakes carry their number: "crane 134", "crane 517"."""
     import_timm()
     from timm.data import ImageNetInfo
     info = ImageNetInfo()
@@ -207,6 +171,10 @@ def imagenet_names():
 
 
 # ---------------------------------------------------------------- MaskGen (Kim et al. 2025)
+# How pleasing the images are to be: the score that the released configuration has for sampling
+AESTHETIC_SCORE = 6.5
+
+
 class AdaptiveNorm(nn.Module):
     """n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates.
     The LayerNorm itself, `modulate`, has no weights."""
@@ -255,8 +223,7 @@ class JointAttention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, text):
-        """x (B, L, width), text (B, T, width) -> two of the same shapes; `to_add_out` has yet to
-        project the text's."""
+        """x (B, L, width), text (B, T, width) -> the same shapes, text before `to_add_out`."""
         L = x.shape[1]
         q = self.split_heads(torch.cat([self.to_q(x), self.add_q_proj(text)], 1))
         k = self.split_heads(torch.cat([self.to_k(x), self.add_k_proj(text)], 1))
@@ -266,8 +233,7 @@ class JointAttention(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Block of Stable Diffusion 3. In the last one the text is only read: nobody would use what
-    becomes of it."""
+    """Block of Stable Diffusion 3. The last one reads the text without changing it."""
     def __init__(self, width, heads, last):
         super().__init__()
         self.last = last
@@ -300,51 +266,46 @@ class JointBlock(nn.Module):
 
 
 def score_encoding(score, width):
-    """Aesthetic scores (B,) -> (B, width): sines, then cosines. The longest period is about 1000,
-    not 10000 as is usual."""
+    """Scores (B,) -> (B, width): sines, then cosines; the usual 10000 is 1000 here."""
     half = width // 2
     exponents = -math.log(1000) * torch.arange(half, device=score.device) / half
-    # float32's exp differs in the last bit between processors, which at angles of 650 is 4e-5
+    # in float32 the last bit of exp depends on the processor, which moves angles of 650 by 4e-5
     frequencies = exponents.double().exp().float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class MaskGen(nn.Module):
-    """Bidirectional transformer over L image tokens, conditioned on text. Defaults: the small
-    worlds' size.
+    """Bidirectional transformer over L image tokens and text. Defaults: a small world's.
 
-    text_width        W, of the text c (B, rows, W): row 0 the pooled vector, rows 1..T what is
-                      attended to; more rows are not looked at
-    score_width       of the encoding of an aesthetic score, which joins the pooled vector; 0: none
-    aesthetic_score   that score, one for all images: the released config's, meant for sampling
-    unused_rows       of the token table behind codes and mask: the official file has some
-    .empty            (1 + T, W), c of the empty caption, which `drop` puts in place of c. Zeros
-                      until it is set; not in the state dict
+    text_width    W, of the text c (B, rows, W): row 0 is the pooled vector, rows 1..T are what the
+                  image tokens attend to; further rows are not read
+    score_width   of the encoding of AESTHETIC_SCORE, which joins the pooled vector; 0: none
+    unused_rows   of the token table behind codes and mask; the official file has some
+    .empty        (1 + T, W), c of the empty caption, by which `drop` replaces c. Zeros until it is
+                  set (sample.set_text); not in the state dict
 
     forward(z (B, L) long 0..K, c (B, >= 1 + T, W), drop (B,) bool | None: True = empty caption)
         -> logits (B, L, K)
     """
     def __init__(self, K=128, L=64, width=128, depth=4, heads=4, text_width=128, T=12,
-                 score_width=0, aesthetic_score=6.5, unused_rows=0):
+                 score_width=0, unused_rows=0):
         super().__init__()
-        self.K, self.L = K, L
-        self.score_width, self.aesthetic_score = score_width, aesthetic_score
+        self.K, self.L, self.score_width = K, L, score_width
         self.pos_embed = nn.Parameter(torch.zeros(1, L, width))
         self.text_embed_proj = nn.Linear(text_width, width)
         self.cond_pooled_proj = nn.Linear(text_width + score_width, width)
         self.blocks = nn.ModuleList(JointBlock(width, heads, last=i == depth - 1)
                                     for i in range(depth))
         self.norm = AdaptiveNorm(width, 2)
-        # 0 .. K-1 codes | K mask | unused; this is the output layer, too
+        # 0 .. K-1 codes | K mask | unused; the output layer has the same weights
         self.embeddings = nn.Embedding(K + 1 + unused_rows, width)
         self.register_buffer("empty", torch.zeros(1 + T, text_width), persistent=False)
         self.init_weights()
 
     def init_weights(self):
-        """Every layer begins by keeping the variance: 0.02 everywhere would be a slow start at
-        small widths (measured: twice the steps to the same loss). Gates of 0: every block begins
-        as the identity."""
+        """Every layer begins by keeping the variance: with 0.02 everywhere, small widths need twice
+        the steps for the same loss. Gates of 0 make every block begin as the identity."""
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -358,18 +319,12 @@ class MaskGen(nn.Module):
                 nn.init.zeros_(module.linear.weight)
 
     def forward(self, z, c, drop=None):
-        rows, W = self.empty.shape
-        if z.shape[1] != self.L:
-            raise ValueError(f"this MaskGen was made for {self.L} tokens, got {z.shape[1]}")
-        if c.ndim != 3 or c.shape[1] < rows or c.shape[2] != W:
-            raise ValueError(f"this MaskGen was made for text of shape (B, {rows} or more, {W}), "
-                             f"got {tuple(c.shape)}")
-        c = c[:, :rows]                                                         # (B, 1 + T, W)
+        c = c[:, :len(self.empty)]                                              # (B, 1 + T, W)
         if drop is not None:
             c = torch.where(drop[:, None, None], self.empty, c)
         pooled = c[:, 0]                                                        # (B, W)
         if self.score_width:
-            score = torch.full((len(c),), float(self.aesthetic_score), device=c.device)
+            score = torch.full((len(c),), AESTHETIC_SCORE, device=c.device)
             pooled = torch.cat([pooled, score_encoding(score, self.score_width)], 1)
         cond = self.cond_pooled_proj(pooled)                                    # (B, width)
         text = self.text_embed_proj(c[:, 1:])                                   # (B, T, width)
@@ -378,59 +333,37 @@ class MaskGen(nn.Module):
             x, text = block(x, text, cond)
         # the official layer gives them in this order
         scale, shift = self.norm(cond)
-        # nobody may answer "mask"
+        # over the codes alone: an answer is never "mask"
         return modulate(x, shift, scale) @ self.embeddings.weight[:self.K].T    # (B, L, K)
 
 
-def load_maskgen(src, heads=16, num_classes=1000, T=77):
-    """The official MaskGen-L VQ, in eval mode. Its `empty` is still to be set (text encoder).
-
-    src           path or state dict of `model.safetensors` of turkeyju/generator_maskgen_vq_l on
-                  the hub, or of `maskgen_vq_l.bin` of fun-research/TA-TiTok
-    heads, T      of the attention, and rows of text: no tensor tells
-    num_classes   likewise: the tensors tell only K + num_classes, from the rows of the table, whose
-                  classes nobody uses here
-    ValueError in one line when the file cannot be read or does not fit
-    """
-    name = source_name(src, "MaskGen")
-    state = read_weights(src, "MaskGen")
-    # the token table under its name as output layer: files have either name, or both
-    head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(state.setdefault("embeddings.weight", head), head):
-        raise ValueError(f"{name} does not fit: lm_head.weight is not embeddings.weight")
-    rows, width = shape_of(state, "embeddings.weight", 2, name)
-    K = codes_in_table(name, rows, width, heads, num_classes, "MaskGen-L")
-    text_width = shape_of(state, "text_embed_proj.weight", 2, name)[1]
-    score_width = shape_of(state, "cond_pooled_proj.weight", 2, name)[1] - text_width
-    L = shape_of(state, "pos_embed", 3, name)[1]
-    depth = count(state, "blocks.{}.attn.to_q.weight")
-    # no memory and no random numbers before the file fits
+def load_maskgen(src, **sizes):
+    """The official MaskGen-L VQ: `model.safetensors` of turkeyju/generator_maskgen_vq_l on the hub,
+    or `maskgen_vq_l.bin` of fun-research/MaskGen. sizes: of a network of another size (tests)."""
+    # the unused rows are those of 1000 classes and a null class
+    released = dict(K=8192, L=128, width=1024, depth=16, heads=16, text_width=768, T=77,
+                    score_width=256, unused_rows=1001)
+    state = dict(read_weights(src))
+    # the token table is the output layer, too: files have it under either name, or under both
+    if "lm_head.weight" in state:
+        table = state.pop("lm_head.weight")
+        state.setdefault("embeddings.weight", table)
     with torch.device("meta"):
-        model = MaskGen(K, L, width, depth, heads, text_width, T, max(0, score_width),
-                        unused_rows=num_classes + 1)
-    model = load_strictly(model, state, name)
-    # no longer meta, but never filled
+        model = MaskGen(**released | sizes)
+    model = load_strictly(model, state)
+    # not in the file, hence made without values
     model.empty.zero_()
     return model
 
 
 # ---------------------------------------------------------------- words: text of the scenes world
-def check_captions(captions):
-    """ValueError unless they are texts, at least one. (A str alone is a sequence of str, too.)"""
-    if (isinstance(captions, str) or not captions
-            or not all(isinstance(caption, str) for caption in captions)):
-        raise ValueError(f"captions should be a list of one text or more, got {captions!r}"[:200])
-
-
 class Words(nn.Module):
-    """Text c of the scenes world's captions, with nothing to learn: every row is a random sum of
-    what words there are, and how far from it.
+    """Text c of the scenes world's captions, with nothing to learn: every row is a sum of random
+    vectors, one for each word of the caption and its distance from the row.
 
-    So the row of "square" knows that it is blue, and above something: like CLIP's rows, it has read
-    its context. (Of rows that know no more than their own word and place, the small teacher would
-    have to learn that first; in its minutes it does not.)
-
-    width   W       T   rows; captions have at most 8 words
+    So the row of "square" also tells that it is blue, and above something, as CLIP's rows do. The
+    small teacher's few minutes do not suffice to learn that from words and positions alone.
+    width: W. T: rows; captions have at most 8 words
     """
     def __init__(self, width=128, T=12):
         super().__init__()
@@ -440,13 +373,9 @@ class Words(nn.Module):
         self.register_buffer("vectors", vectors)
 
     def encode(self, captions):
-        """Captions, a list of str -> c (B, 1 + T, W): row 0 reads from before the first word, row i
-        from the i-th, and zeros behind the last.
-
-        "" is the empty caption, which stands for "no condition": zeros.
-        ValueError for words and sentences that parse_caption does not know
-        """
-        check_captions(captions)
+        """Captions, a list of str -> c (B, 1 + T, W). Row 0 stands before the first word, row i at
+        the i-th; rows behind the last word are zeros, as is all of "", which means "no condition".
+        ValueError for what parse_caption does not know."""
         c = self.vectors.new_zeros(len(captions), 1 + self.T, self.vectors.shape[2])
         for row, caption in zip(c, captions):
             if not caption.strip():
@@ -461,12 +390,17 @@ class Words(nn.Module):
 
 
 # ---------------------------------------------------------------- CLIP (Radford et al. 2021)
+# On the Hugging Face hub: what open_clip's tag "openai" loads
+CLIP_FILE = "open_clip_model.safetensors"
+CLIP_REPO = "timm/vit_large_patch14_clip_336.openai"
+
+
 class TextEncoder(nn.Module):
     """The text tower of CLIP ViT-L/14-336 as open_clip builds it (its name there:
     ViT-L-14-336-quickgelu), with random weights.
 
     It makes the text c of MaskGen-L and TA-TiTok, (B, 1 + 77 + 77, width) float32:
-        row 0        the pooled vector: final states at the end of the text, projected
+        row 0        the pooled vector: the final state at the end of the text, projected
         rows 1..77   states before the last block, without final norm: what MaskGen attends to
         the last 77  states after the last block and the final norm: what guides TA-TiTok
     """
@@ -480,11 +414,10 @@ class TextEncoder(nn.Module):
         self.tower = TextTransformer(width=width, layers=depth, heads=heads, output_dim=width,
                                      act_layer=QuickGELU)
         # OpenAI trained with x sigmoid(1.702 x). Some releases of open_clip build these towers with
-        # GELU and only warn: every text would come out slightly wrong, and no error would show it
+        # GELU and only warn, and every text comes out slightly wrong
         blocks = self.tower.transformer.resblocks
         if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks):
-            raise ValueError("this release of open_clip does not build the text tower of CLIP with "
-                             "QuickGELU, its activation")
+            raise ValueError("this release of open_clip builds CLIP's text tower without QuickGELU")
 
     @torch.no_grad()
     def states(self, ids):
@@ -502,60 +435,23 @@ class TextEncoder(nn.Module):
 
     def encode(self, captions):
         """Captions, a list of str -> c (B, 155, width). "" is the empty caption, which stands for
-        "no condition". See `cut_captions`."""
-        check_captions(captions)
+        "no condition". What is longer than 75 tokens is cut off."""
         ids = self.tokenizer(captions)                                  # (B, 77)
-        device = self.tower.positional_embedding.device
-        # without a wait for what the GPU has still to do
-        return self.states(ids.to(device, non_blocking=True))
-
-    def cut_captions(self, captions):
-        """Which captions are longer than the tower reads, 75 tokens, and what is lost
-        -> {caption: the text that is cut off}."""
-        # beside start and end
-        room = self.tokenizer.context_length - 2
-        cut = {}
-        for caption in captions:
-            tokens = self.tokenizer.encode(caption)
-            if len(tokens) > room:
-                cut[caption] = self.tokenizer.decode(tokens[room:]).strip()
-        return cut
+        # non_blocking: without waiting for the work that a GPU has still to do
+        return self.states(ids.to(self.tower.positional_embedding.device, non_blocking=True))
 
 
-# what open_clip's tag "openai" loads
-CLIP_FILE = "open_clip_model.safetensors"
-CLIP_REPO = "timm/vit_large_patch14_clip_336.openai"
-
-
-def load_text_encoder(weights):
-    """CLIP's text tower with OpenAI's weights, frozen, in eval mode.
-
-    weights   path or state dict with open_clip's keys, with or without the visual tower
-    ValueError in one line when the file cannot be read or does not fit
-    """
-    name = source_name(weights, "the text encoder")
-    try:
-        state = read_weights(weights, "the text encoder")
-    except ValueError as error:
-        if "TorchScript" not in str(error):
-            raise
-        raise ValueError(f"{name} is a TorchScript archive, such as OpenAI's ViT-L-14-336px.pt. "
-                         f"Needed are the tensors alone: the file {CLIP_FILE} of repository "
-                         f"{CLIP_REPO} (Hugging Face hub)") from None
-    model = TextEncoder()
-    # not of the text tower: the other tower, and the scale of the similarities between the two
-    load_strictly(model.tower, state, name, ignore_prefix=("visual.", "logit_scale"))
-    return model.eval().requires_grad_(False)
+def load_text_encoder(src):
+    """CLIP's text tower with OpenAI's weights, from CLIP_FILE of CLIP_REPO."""
+    encoder = TextEncoder()
+    load_weights(encoder.tower, src, unused=("visual.", "logit_scale"))
+    return encoder.eval()
 
 
 # ---------------------------------------------------------------- Phi and judge of the small worlds
 class ConvNet(nn.Module):
-    """A small residual classifier. Trained here on the world's classes; four blocks to lift from,
-    as Phi's {2, 5, 8, 11}.
-
-    Used twice, from different seeds, widths and images: as Phi (train.py) and as the judge, which
-    evaluate.py alone may see.
-    """
+    """A small residual classifier, trained here on the world's classes. Used twice, with different
+    seeds, widths and images: as Phi, and as the judge of the samples, in evaluate.py alone."""
     def __init__(self, num_classes=24, width=32):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
@@ -572,14 +468,14 @@ class ConvNet(nn.Module):
             nn.Conv2d(a, b, 3, stride=stride, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
             nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b))
 
-    def maps(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> the outputs of the four blocks, each (B, D, h, w)."""
+    def maps(self, images, blocks=(0, 1, 2, 3)):
+        """Images (B, 3, H, W) in [-1, 1] -> the outputs of these blocks, each (B, D, h, w)."""
         x = F.relu(self.stem(images))
         maps = []
         for block, skip in zip(self.blocks, self.skips):
             x = F.relu(block(x) + skip(x))
             maps.append(x)
-        return maps
+        return [maps[i] for i in blocks]
 
     def forward(self, images):
         """-> features (B, 4 width), logits (B, num_classes)."""
@@ -588,150 +484,86 @@ class ConvNet(nn.Module):
 
 
 # ---------------------------------------------------------------- Phi: DINOv3 (Simeoni et al. 2025)
-def import_timm():
-    """timm, even where torchvision's compiled part does not fit torch, as beside a CPU build.
-
-    timm and open_clip take nothing but image transforms from torchvision, yet importing it fails
-    when it describes operators (nms, qnms) that its missing part should have defined. A declaration
-    in their place is enough: nobody here calls them.
-    """
-    for _ in range(8):
-        try:
-            import torchvision  # noqa: F401
-            break
-        except RuntimeError as error:
-            operator = re.match(r"operator (torchvision::\w+) does not exist", str(error))
-            if operator is None:
-                raise
-            torch.library.define(operator[1], "(Tensor x) -> Tensor")
-    import timm
-    return timm
+BACKBONE = "vit_base_patch16_dinov3.lvd1689m"
 
 
 class Backbone(nn.Module):
-    """The feature network Phi of Sec. 3.3: a vision transformer of timm, DINOv3 ViT-B/16 unless
-    another is named, with random weights.
+    """The feature network Phi of Sec. 3.3, with random weights: DINOv3 ViT-B/16, or another vision
+    transformer by its name in timm.
 
-    blocks       whose outputs are the maps, 0 .. depth - 1, rising; the paper's are 2, 5, 8, 11
-    image_size   pixels per side, a multiple of the patch: 256 gives DINOv3's own 16 x 16 map, other
-                 sizes work as well; then it takes images of this size only
+    image_size   pixels per side that it looks at; images of other sizes are resized to it. With a
+                 fixed size, DINOv3 computes its encoding of positions once, not in every pass
     """
-    def __init__(self, name="vit_base_patch16_dinov3.lvd1689m", blocks=(2, 5, 8, 11),
-                 image_size=256):
+    def __init__(self, name=BACKBONE, image_size=256):
         super().__init__()
-        # DINOv3 has no table of positions, only rotations ("rope"): made once for images of this
-        # size, instead of on the CPU in every pass. Others fit their table, which their file has in
-        # one size, to the image
-        size = {"dynamic_img_size": True}
-        if "dinov3" in name:
-            size = {"dynamic_img_size": False, "img_size": image_size}
-        try:
-            self.net = import_timm().create_model(name, num_classes=0, **size)
-            depth = len(self.net.blocks)
-            patch = self.net.patch_embed.patch_size[0]
-        except (RuntimeError, TypeError, AttributeError) as error:
-            # no such model; or not a vision transformer
-            raise ValueError(f"{name!r} is not a vision transformer of timm ({error})") from error
-        is_rising = list(blocks) == sorted(set(blocks))
-        if not is_rising or not all(0 <= block < depth for block in blocks):
-            raise ValueError(f"{name} has blocks 0 to {depth - 1}; {tuple(blocks)} should be some "
-                             "of them, in rising order")
-        if image_size % patch:
-            raise ValueError(f"images of {image_size} pixels do not split into the {patch}-pixel "
-                             f"patches of {name}")
-        self.blocks = list(blocks)
-        # what the network was trained with; not in its file
+        self.image_size = image_size
+        self.net = import_timm().create_model(name, num_classes=0, img_size=image_size,
+                                              dynamic_img_size=False)
+        # of the images that it was trained on; not in its file
         for key in ("mean", "std"):
             value = torch.tensor(self.net.pretrained_cfg[key]).view(1, 3, 1, 1)
             self.register_buffer(key, value, persistent=False)
 
-    def maps(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> one (B, D, H / patch, W / patch) per block: its raw
-        output, without the final norm.
+    def maps(self, images, blocks=(2, 5, 8, 11)):
+        """Images (B, 3, H, W) in [-1, 1] -> the raw outputs of these blocks, without final norm and
+        without class and register tokens: (B, D, image_size / patch, image_size / patch) each.
 
-        Class and register tokens are left out. Gradients reach the images, and values beyond
-        [-1, 1] are not clamped (Sec. 3.3).
+        Gradients reach the images. Values beyond [-1, 1] are not clamped (Sec. 3.3).
         """
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear")
         x = ((images + 1) / 2 - self.mean) / self.std
-        return self.net.forward_intermediates(x, indices=self.blocks, norm=False, stop_early=True,
+        return self.net.forward_intermediates(x, indices=list(blocks), norm=False, stop_early=True,
                                               intermediates_only=True)
 
 
-def find_backbone(name, folder, part="backbone"):
-    """Path of the weights of a timm network: <folder>/<name>.safetensors, else repository
-    timm/<name> on the hub. part: as of `find_weights`."""
-    config = import_timm().get_pretrained_cfg(name)
-    if config is None:
-        raise ValueError(f"{name!r} is not a network with pretrained weights of timm")
-    return find_weights(part, folder, f"{name}.safetensors", config.hf_hub_id or f"timm/{name}",
-                        "model.safetensors")
+def find_backbone(name, folder):
+    """Path of a timm network's weights: <folder>/<name>.safetensors, else from the hub."""
+    repo = import_timm().get_pretrained_cfg(name).hf_hub_id
+    return find_weights(folder, f"{name}.safetensors", repo, "model.safetensors")
 
 
-def load_backbone(name, weights, blocks=(2, 5, 8, 11), image_size=256):
-    """Phi with its pretrained weights, frozen, in eval mode.
-
-    weights   path or state dict with timm's keys, complete but for a classifier
-    ValueError in one line when the file cannot be read or does not fit
-    """
-    model = Backbone(name, blocks, image_size)
-    what = f"the backbone {name}"
-    # "head.": a classifier, which we do not build; "rope.": constants that timm computes itself
-    load_strictly(model.net, read_weights(weights, what), source_name(weights, what),
-                  ignore_prefix=("head.", "rope."))
-    return model.eval().requires_grad_(False)
+def load_backbone(src, image_size=256, name=BACKBONE):
+    """A vision transformer with pretrained weights, from a path or state dict with timm's keys."""
+    backbone = Backbone(name, image_size)
+    # classifiers, and constants of the positions that timm computes itself
+    load_weights(backbone.net, src, unused=("head.", "head_dist.", "rope."))
+    return backbone.eval()
 
 
 # ---------------------------------------------------------------- the discriminator (Sec. 3.4)
-class DeiT(Backbone):
-    """One of StyleGAN-XL's two feature networks: a vision transformer, which always looks at
-    224 x 224 pixels."""
-    name = "deit_base_distilled_patch16_224"
-    part = "deit"
-    unused = ("head.", "head_dist.")
-
-    def __init__(self):
-        super().__init__(self.name, image_size=224)
-
-    def maps(self, images):
-        return super().maps(F.interpolate(images, (224, 224), mode="bilinear"))
+# StyleGAN-XL's feature networks by timm's names: a vision transformer and a convolutional one
+FEATURE_NETWORKS = {"deit": "deit_base_distilled_patch16_224",
+                    "efficientnet": "tf_efficientnet_lite0"}
 
 
 class EfficientNet(nn.Module):
-    """The other one, convolutional. It sees images as large as they are, but at least 224 x 224
-    pixels."""
-    name = "tf_efficientnet_lite0"
-    part = "efficientnet"
-    unused = ("conv_head.", "bn2.", "classifier.")
-
+    """The convolutional feature network. It looks at images of 224 x 224 pixels or more."""
     def __init__(self):
         super().__init__()
-        self.net = import_timm().create_model(self.name, features_only=True,
+        self.net = import_timm().create_model(FEATURE_NETWORKS["efficientnet"], features_only=True,
                                               out_indices=(1, 2, 3, 4))
 
     def maps(self, images):
-        """Images (B, 3, H, W) in [-1, 1], as the network was trained with -> (B, D, h, w) at 1/4,
-        1/8, 1/16, 1/32 of the side."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, D, h, w) at 1/4, 1/8, 1/16, 1/32 of the side."""
         if images.shape[-1] < 224:
             images = F.interpolate(images, (224, 224), mode="bilinear")
         return self.net(images)
 
 
-FEATURE_NETWORKS = (DeiT, EfficientNet)
-
-
 class Projection(nn.Module):
-    """Mixes the maps of a feature network over channels and scales, at random (Sauer et al. 2021):
-    heads cannot settle on a few channels. Never trained, either.
+    """Mixes the maps of a feature network over channels and scales, at random (Sauer et al. 2021),
+    so that the heads cannot settle on a few channels. Never trained.
 
-    maps    (B, D, h, w), four from fine to coarse, whose sizes are all that is looked at here: each
-            mixed map has the size of the next finer one, the finest twice its own
+    maps    (B, D, h, w), four from fine to coarse, of which only the shapes matter here: each mixed
+            map has the size of the next finer one, the finest twice its own
     width   channels of the finest mixed map
     """
     def __init__(self, maps, width):
         super().__init__()
         D = [m.shape[1] for m in maps]
         if maps[0].shape == maps[3].shape:
-            # of a vision transformer: a pyramid is made of them
+            # a vision transformer's maps, of one size: they are made into a pyramid
             D = [D[0] // 8, D[0] // 4, D[0] // 2, D[0]]
             resize = [nn.ConvTranspose2d(D[0], D[0], 4, stride=4),
                       nn.ConvTranspose2d(D[1], D[1], 2, stride=2),
@@ -760,18 +592,15 @@ class Projection(nn.Module):
         for i in (3, 2, 1, 0):
             x = self.scratch[f"layer{i}_ccm"](maps[i]) + below
             x = self.scratch[f"layer{i}_csm"]["out_conv"](x)
-            # officially before out_conv: the same, for four times the work
+            # officially it is enlarged before out_conv, which is the same for four times the work
             below = F.interpolate(x, sizes[i], mode="bilinear", align_corners=True)
             mixed.insert(0, below)
         return mixed
 
 
 def head(channels, size, width):
-    """A small convolutional judge of one mixed map: halve its side until it is about 8, then
-    logits. Every convolution has spectral norm.
-
-    (B, channels, size, size) -> (B, 1, n, n); n = 4 or 5 for maps of 8 pixels and more
-    """
+    """A small network with spectral norm, (B, channels, size, size) -> (B, 1, n, n): it halves the
+    side until it is about 8, then come the logits; n is 4 or 5 for maps of 8 pixels and more."""
     halvings = max(1, round(math.log2(size / 8)))
     layers = []
     for i in range(halvings):
@@ -787,14 +616,12 @@ def head(channels, size, width):
 
 class Discriminator(nn.Module):
     """The projected discriminator of StyleGAN-XL (Sauer et al. 2022), unconditional: feature
-    network -> `Projection` -> four heads, only these trained, for each of its feature networks.
+    network -> `Projection` -> four heads, for each feature network. Only the heads are trained.
 
     networks     name -> module with .maps(images (B, 3, H, W) in [-1, 1]) -> four maps, fine to
-                 coarse: StyleGAN-XL's two (`load_discriminator`) or Phi alone (the small worlds).
-                 They are frozen here, and stay what they are: no .train(), .to() or state_dict() of
-                 the discriminator reaches them
-    image_size   pixels per side, to learn the sizes of the maps
-    width        channels of the finest mixed map; 64 in StyleGAN-XL
+                 coarse: StyleGAN-XL's two (`load_discriminator`) or Phi alone (the small worlds)
+    image_size   pixels per side of the images
+    width        channels of the finest mixed map
 
     forward(images, augment=None: a function of images, called anew for each network)
         -> list of logits (B, n), one per network
@@ -803,7 +630,8 @@ class Discriminator(nn.Module):
     """
     def __init__(self, networks, image_size=256, width=64):
         super().__init__()
-        # a plain dict, hence not part of the state dict
+        # a plain dict: as submodules, the frozen networks would be saved with the discriminator,
+        # and its train() would reach them
         self.networks = dict(networks)
         self.feature_networks = nn.ModuleDict()
         self.discriminators = nn.ModuleDict()
@@ -813,19 +641,11 @@ class Discriminator(nn.Module):
             with torch.no_grad():
                 maps = network.maps(torch.zeros(1, 3, image_size, image_size, device=device))
                 maps = [m.cpu() for m in maps]
-                if len(maps) != 4:
-                    raise ValueError("the discriminator looks at 4 maps, and "
-                                     f"{name} has {len(maps)}")
                 projection = Projection(maps, width)
                 mixed = projection(maps)
             heads = nn.ModuleList(head(m.shape[1], m.shape[2], width) for m in mixed)
             self.feature_networks[name] = projection
             self.discriminators[name] = nn.ModuleDict({"mini_discs": heads})
-
-    def requires_grad_(self, requires_grad=True):
-        """Of the heads only: the rest stays frozen."""
-        self.discriminators.requires_grad_(requires_grad)
-        return self
 
     def forward(self, images, augment=None):
         logits = []
@@ -839,25 +659,21 @@ class Discriminator(nn.Module):
 
 
 def load_discriminator(weights, image_size=256, device="cpu"):
-    """StyleGAN-XL's discriminator: pretrained feature networks, everything else as random as at the
-    start of its training.
-
-    weights   {"deit": ..., "efficientnet": ...}, paths or state dicts with timm's keys, with or
-              without a classifier
-    ValueError in one line when a file cannot be read or does not fit
-    """
-    networks = {}
-    for cls in FEATURE_NETWORKS:
-        model = cls()
-        src = weights[cls.part]
-        what = f"the discriminator's {cls.name}"
-        load_strictly(model.net, read_weights(src, what), source_name(src, what),
-                      ignore_prefix=cls.unused)
-        networks[cls.name] = model.to(device)
+    """StyleGAN-XL's discriminator: pretrained feature networks; all else is random, as when its
+    training began. weights: {"deit": ..., "efficientnet": ...}, as of load_backbone."""
+    deit = load_backbone(weights["deit"], 224, FEATURE_NETWORKS["deit"])
+    efficientnet = EfficientNet()
+    load_weights(efficientnet.net, weights["efficientnet"],
+                 unused=("conv_head.", "bn2.", "classifier."))
+    networks = {FEATURE_NETWORKS["deit"]: deit.to(device),
+                FEATURE_NETWORKS["efficientnet"]: efficientnet.to(device)}
     return Discriminator(networks, image_size).to(device)
 
 
 # ---------------------------------------------------------------- FID's Inception (2015)
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+
+
 def resize_tensorflow1(x, size):
     """Bilinear, source coordinate = i * in / out without the half pixel, no antialiasing.
     (B, C, H, W) float -> (B, C, size, size)."""
@@ -877,11 +693,11 @@ class Inception(nn.Module):
     """The feature network of FID and of the Inception Score (Szegedy et al. 2015), Google's of
     2015-12-05: timm's Inception-v3 but for how two kinds of blocks pool.
 
-    forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). The two paths are
-    not interchangeable:
-    path "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
-         "legacy"        TensorFlow 1's resize and scaling, logits without bias: torch-fidelity,
-                         Di[M]O and the ADM references
+    forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). Its two paths give
+    different scores:
+    "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
+    "legacy"        TensorFlow 1's resize and scaling, logits without bias: torch-fidelity, Di[M]O
+                    and the ADM references
     """
     def __init__(self):
         super().__init__()
@@ -889,32 +705,32 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, path="pytorch-fid"):
+        assert path in ("pytorch-fid", "legacy"), path
         if images.dtype != torch.uint8:
-            raise ValueError("Inception wants uint8 images: rounding to 8 bits is part of the "
-                             f"score; got {images.dtype}")
+            raise ValueError(f"Inception wants uint8 images, got {images.dtype}: rounding to 8 "
+                             "bits is part of the score")
         x = images.to(self.net.fc.weight.device).float()
         if path == "pytorch-fid":
             x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
             x = 2 * x - 1
             bias = self.net.fc.bias
-        elif path == "legacy":
+        else:
             x = (resize_tensorflow1(x, 299) - 128) / 128
             bias = None
-        else:
-            raise ValueError(f"path should be 'pytorch-fid' or 'legacy', got {path!r}")
-        for name, block in self.net.named_children():
-            # what follows turns maps into features and logits
-            if name == "global_pool":
-                break
-            if hasattr(block, "branch_pool"):
-                x = self.pooling_block(name, block, x)
-            else:
-                x = block(x)
+        # TF32, a GPU's default for convolutions, rounds to 10 bits, which changes the score
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for name, block in self.net.named_children():
+                if name == "global_pool":
+                    break
+                if hasattr(block, "branch_pool"):
+                    x = self.pooling_block(name, block, x)
+                else:
+                    x = block(x)
         features = x.mean((2, 3))                                       # (B, 2048)
         return features, F.linear(features, self.net.fc.weight, bias)
 
     def pooling_block(self, name, block, x):
-        """A block of parallel branches, the last of which pools in the original's way."""
+        """A block of parallel branches, whose last one pools in the original's way."""
         if name == "Mixed_7c":
             # a slip of the original in its last block, now part of FID
             pooled = F.max_pool2d(x, 3, stride=1, padding=1)
@@ -926,29 +742,18 @@ class Inception(nn.Module):
         return torch.cat([*branches, block.branch_pool(pooled)], 1)
 
 
-# ends in the beginning of its own sha256
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-
-
 def find_inception(folder):
-    """Path of the FID Inception's weights in a folder. They are on GitHub, not on the hub."""
-    path = Path(folder, INCEPTION)
-    if not path.is_file():
-        raise ValueError(f"no weights for inception: put the file {INCEPTION} of "
-                         "https://github.com/mseitzer/pytorch-fid (release fid_weights) at "
-                         f"{path}, or name another folder with --weights")
-    return path
+    """Path of the FID Inception's weights, which are not on the hub."""
+    place = Path(folder, INCEPTION)
+    if not place.is_file():
+        raise ValueError(f"no weights at {place}. Put the file {INCEPTION} of "
+                         "https://github.com/mseitzer/pytorch-fid (release fid_weights) there, or "
+                         "name another folder with --weights")
+    return place
 
 
 def load_inception(src):
-    """The FID Inception, frozen, from pt_inception-2015-12-05-6726825d.pth (releases of
-    mseitzer/pytorch-fid; torch-fidelity's is equal).
-
-    src: a path or a state dict; keys must match exactly. ValueError in one line otherwise.
-    """
-    # its 10 bits would move the score
-    torch.backends.cudnn.allow_tf32 = False
-    model = Inception()
-    what = "the FID Inception"
-    load_strictly(model.net, read_weights(src, what), source_name(src, what))
-    return model.eval().requires_grad_(False)
+    """The FID Inception, from pytorch-fid's file or torch-fidelity's, which is equal."""
+    inception = Inception()
+    load_weights(inception.net, src)
+    return inception.eval()
