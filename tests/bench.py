@@ -48,13 +48,6 @@ def random_networks(dataset):
     return tokenizer.TATiTok(), maskgen, models.Backbone()
 
 
-def random_discriminator(files, image_size, device):
-    """In place of models.load_discriminator, which reads the files of these networks."""
-    networks = dict(deit=models.Backbone(models.FEATURE_NETWORKS["deit"], 224),
-                    efficientnet=models.EfficientNet())
-    return models.Discriminator(networks, image_size).to(device)
-
-
 def random_parts(dataset, device):
     """-> what train.prepare returns"""
     vqgan, teacher, phi = (sample.frozen(x, device) for x in random_networks(dataset))
@@ -62,27 +55,30 @@ def random_parts(dataset, device):
     text, names = None, models.imagenet_names()
     if dataset == "laion":
         text, names = sample.frozen(models.TextEncoder(), device), sample.PROMPTS
+
+    def discriminator(files, image_size, device):
+        networks = dict(deit=models.Backbone(models.FEATURE_NETWORKS["deit"], 224),
+                        efficientnet=models.EfficientNet())
+        return models.Discriminator(networks, image_size).to(device)
+
     # The GAN needs no files, either.
-    fpd.load_discriminator = random_discriminator
+    fpd.load_discriminator = discriminator
     tokenizer.image_files = lambda folder: tokenizer.shapes(torch.arange(24), 0, size=256)
     return types.SimpleNamespace(tokenizer=vqgan, teacher=teacher, phi=phi, text=text, names=names,
                                  captions=names, saved={}, feature_files={})
 
 
 def bench_sampling(cfg, parts):
-    """-> rows: ms per image, alone and in a batch of 64, for each number of the teacher's steps.
-
-    The student's network is the teacher's with other weights.
-    """
+    """-> rows: ms per image, of one alone and of 64. The student's network is the teacher's."""
     rows, (shown, _) = [], sample.sheet_conditions(parts)
     for steps in (16, 8, 4, 1, 0):
         row = dict(model="teacher" if steps else "student", steps=steps or 1)
         for n in (1, 64):
+            # The first two batches warm up.
             c = shown[torch.arange((3 if cfg.smoke else 7) * n) % len(shown)]
             batches = sample.batches(parts.teacher, parts.tokenizer, c, cfg, steps, batch=n)
-            seconds = [seconds for _, _, seconds in batches]
-            # The first two batches warm up.
-            row[f"of {n}"] = 1000 * median(seconds[2:]) / n
+            seconds = [seconds for _, _, seconds in batches][2:]
+            row[f"of {n}"] = 1000 * median(seconds) / n
         rows.append(row)
     return rows
 

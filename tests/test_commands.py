@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, command_line, in_process, own_copy, refused
 from PIL import Image
 
-import evaluate
 import fpd
 import sample
 import tokenizer
@@ -86,8 +85,8 @@ def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(worlds, n
 
 
 @pytest.mark.parametrize("dataset, flags", [
-    ("shapes", ""), ("shapes", "--method dimo"), ("scenes", "--method sdtt"),
-    ("laion", "--gan-weight 1"), ("imagenet", "--estimator soft")])
+    ("shapes", ""), ("shapes", "--method sdtt"), ("imagenet", "--gan-weight 1"),
+    ("laion", "--method dimo")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dataset, flags, worlds, no_pictures):
     """Student, EMA, optimiser, random numbers, auxiliary networks. The settings come from the
     checkpoint, and so do the prepared parts: their files may be gone."""
@@ -191,8 +190,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 
 @pytest.mark.slow
 def test_own_images_in_folders_train_too(tmp_path, no_pictures):
-    """Class names with spaces, or numbers. Renamed, a class is another: nothing that was prepared
-    for the old one is taken."""
+    """Class names with spaces, or numbers."""
     for name, blue in (("one class", 20), ("2", 200)):
         place = tmp_path / "data" / name
         place.mkdir(parents=True)
@@ -205,12 +203,6 @@ def test_own_images_in_folders_train_too(tmp_path, no_pictures):
     for label, name in (("one class", "one class"), ("2", "2"), ("0", "2")):
         done = in_process(["sample.py", "--class", label, "--n", "2"], tmp_path)
         assert done.returncode == 0 and f"| {name} |" in done.stdout
-    before = {path.name for path in (tmp_path / "runs/prepared").iterdir()}
-    (tmp_path / "data" / "2").rename(tmp_path / "data" / "zwei")
-    done = in_process("train.py --dataset folder --data data --smoke", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    after = {path.name for path in (tmp_path / "runs/prepared").iterdir()}
-    assert len(before) == 4 and before < after and len(after) == 8
 
 
 @pytest.mark.slow
@@ -219,15 +211,15 @@ def test_two_processes_train_one_student(worlds):
     folder = worlds("imagenet")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node=2"]
-    words = "train.py --dataset imagenet --smoke --gpus 0 --name two".split()
+    words = "train.py --dataset imagenet --smoke --gpus 0 --steps 2 --name two".split()
     done = subprocess.run([*torchrun, *command_line(words)[1:]], cwd=folder, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len((folder / "runs/two/log.jsonl").read_text().splitlines()) == 4
+    assert len((folder / "runs/two/log.jsonl").read_text().splitlines()) == 2
     one = load(folder / "runs/imagenet-smoke/checkpoint.pt")
     two = load(folder / "runs/two/checkpoint.pt")
     # rank 0 has the drafts of the single process; the other one's gradients count as much
-    assert two["step"] == 4 and not same(one["student"], two["student"])
+    assert two["step"] == 2 and not same(one["student"], two["student"])
 
 
 # ---------------------------------------------------------------- pictures and tables
@@ -281,13 +273,6 @@ def test_an_image_depends_on_its_seed_and_number_alone(worlds):
     assert torch.equal(one_batch, batches_of_2)
 
 
-def test_evaluate_prints_the_table_of_the_paper(worlds):
-    folder = worlds("shapes")
-    done = in_process("evaluate.py --images 48 --run runs/shapes-smoke", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "student" in done.stdout and "recall" in done.stdout
-
-
 def test_ctrl_c_says_that_it_stopped(capsys):
     def main():
         raise KeyboardInterrupt
@@ -323,7 +308,7 @@ def test_training_runs(line, worlds, monkeypatch, no_pictures):
         refused(in_process(words, worlds("laion")), "last.ckpt" if "imagenet" in words else
                 "tokenizer_tatitok_bl128_vq")
     else:
-        words += ["--steps", "5"] if "--resume" in words else ["--smoke"]
+        words += ["--steps", "5"] if "--resume" in words else ["--smoke", "--steps", "2"]
         done = in_process(words, worlds("scenes" if "scenes" in words else "shapes"))
         assert done.returncode == 0, done.stderr[-2000:]
 

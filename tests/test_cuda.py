@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift
 import fpd
-import models
 import train
 
 GPU, HOST = "cpu", "meta"
@@ -47,7 +46,10 @@ class Rehearsal(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset, flags", [("imagenet", []), ("laion", ["--lift-chunk", "32"])])
 def test_rehearsal(dataset, flags, monkeypatch):
-    """A step of train.distil: devices, types and shapes fit, and the host never waits."""
+    """Devices, types and shapes of a step fit, and the host never waits for the GPU.
+
+    The step is that of train.distil without its log, which needs numbers.
+    """
     cfg = train.parse(["--dataset", dataset, *flags])
     with torch.device(HOST):
         vqgan, teacher, phi = random_networks(dataset)
@@ -116,4 +118,5 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch):
     for line in (run / "log.jsonl").open():
         assert all(math.isfinite(value) for value in json.loads(line).values())
     saved = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
-    assert all(x.isfinite().all() for x in saved["ema"].values()) and steps == [1, 2, 3, 4]
+    assert all(x.isfinite().all() for x in saved["ema"].values())
+    assert steps == [1, 2, 3, 4]

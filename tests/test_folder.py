@@ -99,32 +99,7 @@ def test_the_split_is_the_recorded_one():
     assert train.tolist() == [i for i in range(65) if i not in test]
 
 
-@pytest.mark.parametrize("sizes", [[60] * 10, [200, 100, 40, 20, 20]])
-def test_a_cut_of_the_test_has_all_classes_in_their_shares(sizes):
-    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    _, test = tokenizer.split_folder(labels)
-    labels = labels[test]
-    share = torch.tensor([n // 10 for n in sizes]) / len(labels)
-    for n in range(len(labels) + 1):
-        for cut in (labels[:n], labels[len(labels) - n:]):
-            assert (cut.bincount(minlength=len(sizes)) - n * share).abs().max() <= 1
-
-
 # -------------------------------------------------------------------- read once, recognised
-def test_images_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
-    reads, read = [], tokenizer.read_image
-    monkeypatch.setattr(tokenizer, "read_image", lambda *args: reads.append(1) or read(*args))
-    data = dataset(tmp_path / "data", a=20, b=20)
-    for split in ("train", "phi", "judge", "test"):
-        before = world(data, split)[0]
-        world(data, split)[0].zero_()
-        assert torch.equal(world(data, split)[0], before) and before.any()
-    assert len(reads) == 40
-    draw(data / "a", "000.png", colour=(0, 99, 0))
-    os.utime(data / "a/000.png", (1, 1))
-    assert 99 in numbers(world(data, "train"))[0] and len(reads) == 80
-
-
 def test_the_stamp_tells_data_apart(tmp_path):
     """Another name, class, size or time is other data; another place is not."""
     data = dataset(tmp_path / "data", ant=3, bee=3)

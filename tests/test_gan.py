@@ -155,25 +155,6 @@ def test_gradient_passes_both_official_networks(official):
 
 
 # ---------------------------------------------------------------- the same class, small
-def test_small_discriminator(small):
-    """It takes any four maps: those of a ConvNet, or four of one size from a vision transformer,
-    which become 16, 8, 4 and 2 pixels wide. Only the heads can be trained, and are saved."""
-    D, phi = small
-    mixed = D.feature_networks["phi"](phi.maps(torch.zeros(1, 3, 32, 32)))
-    shapes = [tuple(m.shape[1:]) for m in mixed]
-    assert shapes == [(8, 32, 32), (8, 16, 16), (16, 8, 8), (32, 8, 8)]
-    logits, = D(torch.zeros(5, 3, 32, 32))
-    assert logits.shape == (5, 25 + 25 + 1 + 1)
-    vit = models.Backbone("vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64)
-    D = models.Discriminator({"vit": vit}, image_size=64, width=8).train()
-    assert not vit.training and not any(p.requires_grad for p in vit.parameters())
-    mixed = D.feature_networks["vit"](vit.maps(torch.zeros(1, 3, 64, 64)))
-    assert [m.shape[-1] for m in mixed] == [32, 16, 8, 4]
-    trainable = {name.split(".")[0] for name, p in D.named_parameters() if p.requires_grad}
-    assert trainable == {"discriminators"}
-    assert {key.split(".")[0] for key in D.state_dict()} == {"discriminators", "feature_networks"}
-
-
 def test_images_are_augmented_anew_for_each_network(small):
     _, phi = small
     D = models.Discriminator({"one": phi, "two": phi}, image_size=32, width=8)

@@ -6,10 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import golden_fill, in_process, load_case, official_files, own_copy, refused
+from conftest import golden_fill, in_process, load_case, official_files, refused
 from PIL import Image
 
-import fpd
 import models
 import sample
 import tokenizer
@@ -81,23 +80,6 @@ def test_a_missing_file_is_named_with_its_repository_and_place(line, file, repo,
     assert [path.name for path in tmp_path.iterdir()] == ["one.png"]
 
 
-def test_lifting_in_chunks_is_exact():
-    """In float64: features and gradient equal those of the whole batch to rounding."""
-    torch.manual_seed(0)
-    vq = tokenizer.VQGAN(ch_mult=(1, 1, 2, 2), image_size=64).requires_grad_(False).double()
-    phi = models.Backbone("test_vit", 64).eval().requires_grad_(False).double()
-    e = vq.E[torch.randint(vq.K, (5, vq.L))]
-    results = []
-    for chunk in (None, 2):
-        x = e.clone().requires_grad_()
-        lift = fpd.Lift(vq, phi, train.Config(lift_chunk=chunk, blocks=(0, 2, 3, 5)))
-        X = lift.features(lift.decode(x, torch.zeros(5)))
-        sum(block.square().mean() * (i + 1) for i, block in enumerate(X)).backward()
-        results.append([*X, x.grad])
-    for whole, parts in zip(*results, strict=True):
-        torch.testing.assert_close(parts, whole, atol=1e-10, rtol=1e-8)
-
-
 # ---------------------------------------------------------------- scores
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
@@ -135,20 +117,3 @@ def test_scores_of_a_folder(scored):
     assert in_process(line + "statistics.npz", scored).returncode == 0
     (row,) = json.loads((scored / "report-2.json").read_text())["rows"]
     assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
-
-
-@pytest.mark.slow
-def test_scores_of_a_run(scored, smoke_runs, tmp_path_factory):
-    """Teacher and student, straight from the generator; the protocol is stored beside the
-    scores."""
-    folder = own_copy(tmp_path_factory, smoke_runs("imagenet"))
-    done = in_process(f"evaluate.py --reference {scored / 'png'} --weights {scored} --images 11 "
-                      "--batch 4 --steps 2 --seed 3", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((folder / "runs/imagenet-smoke/report.json").read_text())
-    assert [(row["model"], row["steps"]) for row in report["rows"]] == [("teacher", 2),
-                                                                        ("student", 1)]
-    assert all(row["fid"] > 0 and row["inception_score"] >= 1 for row in report["rows"])
-    protocol = report["protocol"]
-    assert protocol["seed"] == 3 and protocol["images"] == 11 and protocol["init_mask"] == 0.9
-    assert protocol["inception_path"] == "pytorch-fid"

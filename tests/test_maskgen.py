@@ -90,36 +90,6 @@ def test_drop_puts_the_empty_caption_in_place_of_the_text():
     assert torch.equal(model(z, torch.cat([c, torch.randn(2, 5, 24)], 1)), model(z, c))
 
 
-@torch.no_grad()
-def test_a_guided_pass_equals_two_passes():
-    """The same function serves MaskGIT with labels."""
-    model, c = tiny()
-    z = torch.randint(0, model.K + 1, (2, 16), generator=torch.Generator().manual_seed(0))
-    cond, uncond = model(z, c), model(z, c, torch.ones(2, dtype=torch.bool))
-    guided = fpd.guided_logits(model, z, c, 3.0)
-    assert torch.allclose(guided, uncond + 3 * (cond - uncond), atol=1e-4)
-    assert torch.equal(fpd.guided_logits(model, z, c, 1), cond)
-
-
-def test_a_small_maskgen_learns_to_obey_its_text():
-    """Its blocks begin as the identity, so that nothing of the text reaches the logits at first."""
-    torch.manual_seed(0)
-    model = models.MaskGen(K=8, L=4, width=32, depth=2, heads=2, text_width=6, T=2)
-    c, z = torch.randn(2, 3, 6), torch.full((2, 4), model.K)
-    # the same pooled vector: the difference is in the states
-    c[1, 0] = c[0, 0]
-    answers = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
-    first = model(z, c)
-    assert torch.equal(first[0], first[1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        loss = torch.nn.functional.cross_entropy(model(z, c).transpose(1, 2), answers)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1 and torch.equal(model(z, c).argmax(-1), answers)
-
-
 # ---------------------------------------------------------------- the sampler
 @pytest.mark.parametrize("name", ["sampler_trace", "sampler_trace_linear"])
 def test_sampler_repeats_the_official_trace(name, monkeypatch):
@@ -170,17 +140,6 @@ def test_guidance_ramps_up(s, ramp, weights, monkeypatch):
     monkeypatch.setattr(fpd, "guided_logits", spy)
     fpd.sample_maskgen(model, c, len(weights), torch.Generator().manual_seed(0), s=s, ramp=ramp)
     np.testing.assert_allclose(seen, weights, atol=1e-5)
-
-
-def test_an_image_does_not_depend_on_its_batch():
-    model, c = tiny()
-    c = torch.cat([c, c.flip(0)])
-    generators = fpd.generators(0, 5, 4, "cpu")
-    z = fpd.sample_maskgen(model, c, 6, generators, s=4.0)
-    assert z.shape == (4, 16) and z.min() >= 0 and z.max() < model.K
-    for i in range(4):
-        alone = fpd.sample_maskgen(model, c[i:i + 1], 6, fpd.generators(0, 5 + i, 1, "cpu"), s=4.0)
-        assert torch.equal(alone[0], z[i])
 
 
 # ---------------------------------------------------------------- files of MaskGen

@@ -70,16 +70,6 @@ def test_maskgit_equals_the_official_network(name):
     case.check("logits_drop", model(z, labels, x["drop_label"]), atol=5e-5)
 
 
-def test_every_layer_begins_by_keeping_the_variance():
-    model = models.MaskGIT()
-    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and name != "bias"]
-    # the table, two layers at the beginning, four in each of four blocks, one at the end
-    assert len(matrices) == 1 + 2 + 4 * 4 + 1
-    for name, p in matrices:
-        std = 0.02 if name == "tok_emb.weight" else p.shape[1] ** -0.5
-        assert p.std().item() == pytest.approx(std, rel=0.05), name
-
-
 @pytest.mark.parametrize("name", ["sampler_trace", "sampler_trace_hot"])
 def test_sampler_repeats_the_official_trace(name, monkeypatch):
     """Step by step: the network's input and the guided logits; and the codes in the end. Official w
@@ -186,37 +176,6 @@ def test_backbone_maps_are_raw_block_outputs(name):
         torch.testing.assert_close(m.flatten(2).transpose(1, 2), patches, atol=1e-5, rtol=1e-5)
     sum(m.square().mean() for m in maps).backward()
     assert images.grad.abs().sum() > 0
-
-
-@torch.no_grad()
-def test_dinov3s_rotations_are_made_once_and_are_those_of_every_pass(monkeypatch):
-    backbone = models.Backbone(TINY_BACKBONE, image_size=64).eval()
-    every_pass = models.import_timm().create_model(TINY_BACKBONE, num_classes=0).eval()
-    every_pass.load_state_dict(backbone.net.state_dict())
-    rope, made = type(backbone.net.rope), []
-    create = rope._create_embed
-    monkeypatch.setattr(rope, "_create_embed", lambda *args: made.append(1) or create(*args))
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    maps = backbone.maps(images)
-    assert not made
-    backbone.net = every_pass
-    for m, expected in zip(maps, backbone.maps(images), strict=True):
-        assert torch.equal(m, expected)
-    assert made
-
-
-@torch.no_grad()
-def test_phi_gives_the_maps_of_the_blocks_that_are_asked_for():
-    """A ConvNet or a Backbone, which resizes the images: StyleGAN-XL's vision transformer looks at
-    224 x 224 pixels, whatever there are."""
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    larger = torch.nn.functional.interpolate(images, (64, 64), mode="bilinear")
-    for phi, blocks, same in ((models.ConvNet(), (0, 1, 2, 3), images),
-                              (models.Backbone(TINY_BACKBONE, 64), (2, 5, 8, 11), larger)):
-        whole = phi.eval().maps(same)
-        assert len(whole) == 4
-        for i, m in zip((1, 3), phi.maps(images, (blocks[1], blocks[3])), strict=True):
-            assert torch.equal(m, whole[i])
 
 
 def test_timm_is_imported_beside_a_torchvision_that_does_not_fit(monkeypatch):

@@ -10,7 +10,7 @@ from conftest import load_case
 from PIL import Image
 from torch import nn
 
-from tokenizer import (COLOURS, VQGAN, load_vqgan, paint, read_captions, read_image, read_weights,
+from tokenizer import (VQGAN, load_vqgan, read_captions, read_image, read_weights,
                        shapes, shapes_names, to_float, to_uint8, world)
 
 NAMES = shapes_names()
@@ -43,27 +43,6 @@ def test_objects_are_within_three_pixels_of_the_centre_on_a_grey_background_that
     corners = images[:, :, ::31, ::31].flatten(2).int()                           # (N, 3, 4)
     assert (corners == corners[:, :1, :1]).all()
     assert corners.max() - corners.min() > 100 and corners.unique().numel() > 10
-
-
-def test_every_colour_is_recognised_by_the_mean_colour_of_the_object():
-    """In 1200 images, so that the second chunk of 1024 has the right labels too."""
-    labels = torch.arange(1200) % 24
-    images = shapes(labels, 1)
-    inside = weights(images)
-    inside = (inside > 0.9 * inside.amax((1, 2), keepdim=True))[:, None]         # no smooth edges
-    mean = (to_float(images) * inside).sum((2, 3)) / inside.sum((2, 3))          # (N, 3)
-    nearest = torch.cdist(mean, torch.tensor(list(COLOURS.values()))).argmin(1)
-    assert [list(COLOURS)[i] for i in nearest] == [NAMES[i].split()[0] for i in labels]
-
-
-def test_paint_puts_the_colour_inside_and_keeps_the_canvas_outside():
-    canvas = torch.full((1, 3, 32, 32), -0.5)
-    square, colour = torch.tensor([1]), torch.tensor([[1.0, 0.0, -1.0]])
-    centre, radius = torch.tensor([[20.0, 10.0]]), torch.tensor([5.0])
-    painted = paint(canvas, square, colour, centre, radius, torch.zeros(1))
-    assert painted[0, :, 10, 20].tolist() == [1.0, 0.0, -1.0]                    # centre is x, y
-    assert painted[0, :, 20, 10].tolist() == [-0.5] * 3
-    assert (canvas == -0.5).all()
 
 
 @pytest.mark.parametrize("dataset, recorded", [
@@ -145,18 +124,6 @@ def test_the_centre_square_is_kept(tmp_path):
     square = read_image(tmp_path / "image.png", 8)
     assert square.shape == (3, 8, 8)
     assert square[:, [4, 1, 6], [4, 1, 6]].T.tolist() == 3 * [[0, 255, 0]]
-
-
-def test_a_damaged_image_is_named(tmp_path):
-    """Whatever Pillow raises: the GAN skips such images by their ValueError."""
-    noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cut.png")
-    content = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(content[:1000])
-    (tmp_path / "damaged.png").write_bytes(content[:1000] + bytes(100) + content[1100:])
-    for name in ("cut.png", "damaged.png"):
-        with pytest.raises(ValueError, match=name):
-            read_image(tmp_path / name, 8)
 
 
 # -------------------------------------------------------------------- VQGAN
