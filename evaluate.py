@@ -6,10 +6,6 @@ scorer of scenes, GenEval's rules.
     reference (folder or .npz) ----+-- precision_recall (distances between single features)
     logits of generated images ------- inception_score
 
-    python evaluate.py                                  the small worlds: the newest run's table
-    python evaluate.py --reference FILE                 imagenet: FID and the others, 50,000 images
-    python evaluate.py --geneval --prompts FILE         laion: the images of GenEval
-
 Every metric is computed in float64 and follows one official implementation, named in its docstring;
 tests/golden holds their numbers. A distance is called FID only where the features are Inception's.
 
@@ -502,8 +498,7 @@ def ablation_table(content):
         values, mean = [score[first] for score in row["scores"]], means(row["scores"])
         span = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
         rows.append(row | mean | {first: f"{mean[first]:.2f}{span}"})
-    smoke = ", smoke: nothing was learnt" if protocol["smoke"] else ""
-    head = (f"{protocol['dataset']}{smoke}: {protocol['images']} images a row, seed 0; mean "
+    head = (f"{protocol['dataset']}: {protocol['images']} images a row, seed 0; mean "
             f"(smallest to largest) of {protocol['seeds']} students, {protocol['base']['steps']} "
             "steps each, SDTT fewer; teacher_passes: of its network, for each image of a batch; "
             "paper: its GenEval score, overall\n")

@@ -427,15 +427,6 @@ def diff_augment(images, generator):
     return x.masked_fill((outside | hole)[:, None], 0.0)
 
 
-def blur_sigma(seen, image_size=256, fade=300_000):
-    """Width of the blur, in pixels, once the discriminator has seen so many images.
-
-    It falls to 0, so that shapes come before texture. Officially from 2 pixels of 256; images of 32
-    pixels are as good as unblurred from the beginning.
-    """
-    return 2.0 * image_size / 256 * max(0.0, 1 - seen / fade)
-
-
 def blur(images, sigma):
     """Images (B, 3, H, W) blurred with the kernel 2^-(x / sigma)^2.
 
@@ -477,18 +468,23 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     opt, seen      the discriminator's optimiser, and how many drafts it has seen before
     returns        d L_gan / d images (B, 3, H, W); logs: logits of real images and drafts, its loss
     """
-    sigma = blur_sigma(seen, images.shape[-1])
+    # The blur falls from 2 pixels of 256 to 0, so that shapes come before texture, as officially
+    sigma = 2.0 * images.shape[-1] / 256 * max(0.0, 1 - seen / 300_000)
 
     def logits(x):
         return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
 
     discriminator.train()
-    on_real = logits(real)          # in two calls, so that each has its own batch statistics
+    discriminator.discriminators.requires_grad_(True)
+    # in two calls, so that each has its own batch statistics
+    on_real = logits(real)
     on_drafts = logits(images.detach())
     loss = discriminator_loss(on_real, on_drafts)
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
+    # for the student's gradient, nothing need be kept of the heads
+    discriminator.discriminators.requires_grad_(False)
     drafts = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(gan_loss(logits(drafts)), drafts)
     logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x),
@@ -509,11 +505,11 @@ class Gan:
             self.images = tok.image_files(cfg.data)
             discriminator = load_discriminator(parts.feature_files, self.size, device)
         else:
+            discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
             if cfg.dataset in ("imagenet", "laion"):                # --smoke: any of their size
                 self.images = tok.shapes(torch.arange(240) % 24, 0, size=self.size)
             else:
                 self.images, _, _ = tok.world(cfg, "train")
-            discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
         # as in StyleGAN-XL; the paper names no settings of its discriminator
         opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
                                betas=(0.0, 0.99))

@@ -1,13 +1,10 @@
 """sample.py - a trained run, read from disk, and images out of it: the student in one step (Eq. 4),
 the teacher in T.
 
-    python sample.py --class 207                           the newest run's student, a grid as PNG
-    python sample.py --class "red circle" --n 64
-    python sample.py --prompt "two red circles"            of a run with captions: scenes, laion
-    python sample.py --run runs/shapes                     of this run, or of a checkpoint file that
-                                                           somebody sent
-    python sample.py --class 207 --teacher --steps 16      the teacher of the run
-    python sample.py --dataset imagenet --class 207        the public teacher, no run needed
+    python sample.py --class 207                        the newest run's student, a grid as PNG
+    python sample.py --prompt "two red circles"         of a run with captions: scenes, laion
+    python sample.py --class 207 --teacher --steps 16   the teacher of the run
+    python sample.py --dataset imagenet --class 207     the public teacher, no run needed
 
 Image i depends on the seed and on i alone, not on the batch size: every image has its own random
 generator. train.py draws its sheets and evaluate.py its thousands of images with these functions.
@@ -68,10 +65,8 @@ def load_part(part, device):
 
 
 def set_text(text, model):
-    """Give a MaskGen the encoding of the empty caption, which stands for "no condition".
-
-    text    None for a model of labels, which needs none
-    """
+    """Give a MaskGen the encoding of the empty caption, which stands for "no condition". (text is
+    None for a model of labels, which needs none.)"""
     if text is not None:
         model.empty.copy_(text.encode([""])[0, :len(model.empty)])
 
@@ -144,10 +139,8 @@ def model_arguments(parser):
 
 
 def load_models(args, device):
-    """What `model_arguments` say -> namespace as of load_run. Prints which run it is.
-
-    With --dataset its student, step and path are None.
-    """
+    """What `model_arguments` say -> namespace as of load_run; with --dataset its student, step and
+    path are None."""
     if args.dataset:
         print(f"no run: the public networks of {args.dataset}")
         run = load_official(args.dataset, args.weights or WEIGHTS, device)
@@ -163,10 +156,8 @@ def load_models(args, device):
 # ---------------------------------------------------------------- images
 @torch.no_grad()
 def draw_tokens(model, c, generator, cfg, steps):
-    """The student's draft (steps = 0) or the teacher's sample in `steps` steps.
-
-    c: condition of B images -> z (B, L)
-    """
+    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B
+    images -> z (B, L)"""
     if steps == 0:
         return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
     return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
@@ -250,8 +241,7 @@ def sheet(rows, captions):
 
 # ---------------------------------------------------------------- the command
 def class_index(text, names):
-    """"207" or "red circle" -> label. A name goes before a number: folders are often called 1, 2.
-    """
+    """"207" or "red circle" -> label. Names go first, since folders are often called 1, 2, 3."""
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
@@ -262,10 +252,8 @@ def class_index(text, names):
 
 
 def conditions(run, label, prompt, n):
-    """What --class or --prompt asks for, n times, or all that the run knows in turn.
-
-    returns   c (n, ...), what to call it
-    """
+    """What --class or --prompt asks for, n times, or all that the run knows in turn. -> c (n, ...),
+    what to call it"""
     if label is not None and run.text is not None:
         raise ValueError("this run draws captions: use --prompt")
     if prompt is not None and run.text is None:

@@ -320,15 +320,10 @@ def folder_stamp(data):
     return "\n".join(f"{name} {fact.st_size} {fact.st_mtime_ns}" for name, fact in facts)
 
 
-def folder(data, size=32):
-    """The images of `folder_classes`: do not write into them, as they are read once in a process.
-    -> images (N, 3, size, size) uint8, labels (N,) long, names"""
-    return read_folder(data, size, folder_stamp(data))
-
-
 @functools.lru_cache(maxsize=1)
-def read_folder(data, size, stamp):
-    """See `folder`. With another stamp, the folder is read again."""
+def folder(data, stamp, size=32):
+    """The images of `folder_classes`, read once in a process and again if their stamp is another:
+    do not write into them. -> images (N, 3, size, size) uint8, labels (N,) long, names"""
     classes = folder_classes(data)
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     bar = tqdm(sum(classes.values(), []), "reading images", leave=False)
@@ -368,7 +363,7 @@ def world(cfg, split):
               scenes, a list of N captions, and the names are two captions of each kind
     """
     if cfg.dataset == "folder":
-        images, labels, names = folder(cfg.data)
+        images, labels, names = folder(cfg.data, folder_stamp(cfg.data))
         train, test = split_folder(labels)
         chosen = test if split == "test" else train
         return images[chosen], labels[chosen], names

@@ -7,14 +7,8 @@
                           checkpoint.pt, report.json, report.png
 
     python train.py                                  # the shapes world on a CPU
-    python train.py --dataset scenes                 # captions of coloured shapes
-    python train.py --dataset folder --data DIR      # your own images, one subfolder per class
     python train.py --dataset imagenet --gpus 1      # the paper's class-conditional run
     python train.py --dataset laion --captions FILE  # the paper's text-to-image run
-    python train.py --method dimo                    # for comparison: Di[M]O, or sdtt
-    python train.py --smoke                          # under a minute: proves the set-up
-    python train.py --resume                         # the newest run goes on
-    python train.py --ablations 3                    # Tables 3 and 4 in miniature, three seeds
 """
 import argparse
 import copy
@@ -50,10 +44,8 @@ from models import (BACKBONE, FEATURE_NETWORKS, WEIGHTS, Backbone, ConvNet, Mask
 # --------------------------------------------------------------------------------- settings
 @dataclasses.dataclass
 class Config:
-    """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1).
-
-    SMALL and CAPTIONS say what the small worlds change. --help lists their names.
-    """
+    """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1). SMALL and
+    CAPTIONS say what the small worlds change."""
     # what runs
     dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
     data: str = ""                    # folder: a subfolder of images per class; else the GAN's
@@ -153,10 +145,8 @@ FIXED = ("dataset", "method", "data", "captions", "smoke", "tokenizer_steps", "c
 
 
 def parse(argv=None):
-    """Command line -> Config: the paper's defaults, those of data set and method, what was typed.
-
-    With --resume: the settings of the checkpoint, then what was typed.
-    """
+    """Command line -> Config: the paper's defaults, those of data set and method, what was typed;
+    with --resume the settings of the checkpoint, then what was typed."""
     parser = argparse.ArgumentParser(
         description="Distil a masked discrete diffusion model into one step (FPD).",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -169,9 +159,7 @@ def parse(argv=None):
         else:
             parser.add_argument(flag, type=field.type, choices=CHOICES.get(field.name))
     typed = vars(parser.parse_args(argv))
-    for name, value in typed.items():
-        if isinstance(value, list):
-            typed[name] = tuple(value)
+    typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
     if typed.get("resume"):
         folder = Path("runs", typed["name"]) if "name" in typed else sample.newest_run()
         settings = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True,
@@ -364,10 +352,8 @@ def train_classifier(net, steps, cfg, device, split):
 
 
 def train_teacher(teacher, steps, cfg, device, vq, text):
-    """MaskGIT or MaskGen on the tokens: predict what is hidden (Eq. 2).
-
-    The condition is dropped for one image in ten, so that guidance works.
-    """
+    """MaskGIT or MaskGen on the tokens: predict what is hidden (Eq. 2). The condition is dropped
+    for one image in ten, so that guidance works."""
     images, c, _ = tok.world(cfg, "train")
     with torch.no_grad():
         z = torch.cat([vq.encode(tok.to_float(part).to(device)) for part in images.split(200)])
@@ -405,7 +391,7 @@ TINY = {
 
 def save(path, content):
     """torch.save that neither a kill nor a full disk can leave half done."""
-    new = path.with_suffix(".tmp")
+    new = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(content, new)
     os.replace(new, path)
 
@@ -419,8 +405,7 @@ def prepared(part, seed, network, args, train, steps, cfg, device, saved, *other
     before         file of the part that the training depends on
     saved          {part: dict(cls=, args=, state=, file=)} as of sample.load_part: what is there is
                    taken (--resume), what is not is added
-    The file's name carries a hash of settings, images and source code: what has changed makes a new
-    file.
+    The file's name carries a hash of settings, images and source code.
     """
     if part not in saved:
         images = tok.folder_stamp(cfg.data) if cfg.dataset == "folder" else ""
@@ -479,17 +464,13 @@ def prepare(cfg, device, saved):
 
 
 def official_parts(cfg, device, saved):
-    """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; DINOv3 as Phi.
-
-    As of `prepare`; with --smoke those of TINY. With the GAN also feature_files, for
-    models.load_discriminator
-    """
+    """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; DINOv3 as Phi. As
+    of `prepare`; with --smoke those of TINY; with the GAN also feature_files, for
+    models.load_discriminator."""
     if cfg.smoke:
-        if not saved:
-            for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
-                torch.manual_seed(seed)
-                saved[part] = dict(cls=network.__name__, args=args,
-                                   state=network(**args).state_dict())
+        for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
+            torch.manual_seed(seed)
+            saved[part] = dict(cls=network.__name__, args=args, state=network(**args).state_dict())
         networks = {part: sample.load_part(x, device) for part, x in saved.items()}
         parts = types.SimpleNamespace(**dict(text=None, judge=None) | networks)
         parts.names = imagenet_names() if parts.text is None else sample.PROMPTS
@@ -511,10 +492,8 @@ def official_parts(cfg, device, saved):
 
 # --------------------------------------------------------------------------------- distillation
 def draw_condition(parts, cfg, generator):
-    """The batch's condition: per_class times each of batch / per_class classes or captions.
-
-    Without replacement, as far as there are that many. -> (B, ...)
-    """
+    """The batch's condition: per_class times each of batch / per_class classes or captions, drawn
+    without replacement as far as there are that many. -> (B, ...)"""
     groups = cfg.batch // cfg.per_class
     n = len(parts.names if parts.text is None else parts.captions)
     rounds = [torch.randperm(n, generator=generator, device=generator.device)
@@ -579,8 +558,12 @@ def distil(cfg, parts, folder, device):
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         start = saved["step"]
         for name, x in trained.items():
-            x.load_state_dict(saved[name])
-        generator.manual_seed(seed + start) if rank else generator.set_state(saved["rng"])
+            # a run that began without the GAN can go on with it
+            if name in saved:
+                x.load_state_dict(saved[name])
+        generator.manual_seed(seed + start)
+        if rank == 0:
+            generator.set_state(saved["rng"])
     elif rank == 0:
         save_checkpoint(0)
         sample_sheet(cfg, parts, ema, folder, 0)
@@ -588,10 +571,12 @@ def distil(cfg, parts, folder, device):
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
         model.K, model.L = student.K, student.L
-    # Ctrl-C and a scheduler's signal: the step under way is finished and saved
+    # Ctrl-C and a scheduler's signal: the step under way is finished and saved (torchrun's
+    # processes would not stop after the same step, and simply end)
+    signals = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     received = []
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+                for number in signals}
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps)
     for step in bar:
         opt.param_groups[0]["lr"] = learning_rate(step, cfg)
@@ -647,9 +632,7 @@ def distil(cfg, parts, folder, device):
 
 def sample_sheet(cfg, parts, ema, folder, step):
     """samples/: teacher in 16 steps and in 1, student in 1, of the same labels or captions.
-
-    samples.gif: the sheets one after the other, 40 at most
-    """
+    samples.gif: the sheets one after the other."""
     c, captions = sample.sheet_conditions(parts)
     rows = []
     for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1),
@@ -660,9 +643,7 @@ def sample_sheet(cfg, parts, ema, folder, step):
     samples.mkdir(exist_ok=True)
     sample.sheet(rows, captions).save(samples / f"{step:06d}.png")
     frames = []
-    files = sorted(samples.glob("*.png"))
-    # every k-th sheet, counted from the newest
-    for file in files[::-1][::math.ceil(len(files) / 40)][::-1]:
+    for file in sorted(samples.glob("*.png")):
         frame = Image.open(file).convert("RGB")
         frame.thumbnail((960, frame.height))
         ImageDraw.Draw(frame).text((6, 4), f"step {int(file.stem)}", "black")
@@ -673,7 +654,7 @@ def sample_sheet(cfg, parts, ema, folder, step):
 
 # --------------------------------------------------------------------------------- ablations
 def teacher_passes(cfg):
-    """How often a run asks the teacher's network about each image of a batch; guidance: twice."""
+    """Passes of the teacher's network for each image of a batch in a run; guidance takes two."""
     guided = 1 if cfg.teacher_cfg == 1 else 2
     if cfg.method == "sdtt":
         # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
@@ -684,10 +665,8 @@ def teacher_passes(cfg):
 
 
 def ablation_rows(base):
-    """Those rows of ABLATIONS that differ from `base`, and the base itself -> a list like it.
-
-    With per_class 1 the whole batch is compared, and no row changes that.
-    """
+    """Those rows of ABLATIONS that differ from `base`, and the base itself -> a list like it. With
+    per_class 1 the whole batch is compared, and no row changes that."""
     rows = []
     for table, row, settings, paper in ABLATIONS:
         changed = {name: value for name, value in settings.items()
@@ -702,18 +681,11 @@ def ablate(base, parts, root, device):
 
     base   Config, the settings that the rows share
     root   the folder of their runs, <row>-<seed>/, and of report.json and report.png
-    A row that has its score.json is kept
-    """
+    A row that has its score.json is kept."""
     n = 48 if base.smoke else 960
     parts.cfg = base
     scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
     rows, pictures, (c, captions) = [], [], sample.sheet_conditions(parts)
-    for steps in (16, 1):
-        scores = [evaluate.score(parts, parts.teacher, steps, *scorer)]
-        rows.append(dict(table="", row=f"teacher {steps}", settings={}, paper=None,
-                         teacher_passes=None, scores=scores))
-        title = f"teacher {steps}  {evaluate.headline(scores[0])}"
-        pictures.append((title, sample.generate(parts.teacher, parts.tokenizer, c, base, steps)))
     for table, row, settings, paper in ablation_rows(base):
         scores = []
         for seed in range(base.seed, base.seed + base.ablations):
@@ -750,6 +722,12 @@ def ablate(base, parts, root, device):
         pictures.append((title, sample.generate(run.student, run.tokenizer, c, run.cfg, 0)))
         rows.append(dict(table=table, row=row, settings=settings, paper=paper,
                          teacher_passes=teacher_passes(cfg), scores=scores))
+    for steps in (1, 16):
+        scores = [evaluate.score(parts, parts.teacher, steps, *scorer)]
+        rows.insert(0, dict(table="", row=f"teacher {steps}", settings={}, paper=None,
+                            teacher_passes=None, scores=scores))
+        images = sample.generate(parts.teacher, parts.tokenizer, c, base, steps)
+        pictures.insert(0, (f"teacher {steps}  {evaluate.headline(scores[0])}", images))
     protocol = dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations,
                     device=device, torch=torch.__version__, base=dataclasses.asdict(base))
     evaluate.write_report(root, protocol, rows, evaluate.ablation_table, pictures, captions)
@@ -820,17 +798,13 @@ def main():
     if rank:
         return
     minutes += f", distil {(time.time() - begin) / 60:.1f}"
-    if cfg.dataset in sample.OFFICIAL:
-        scores = "--reference FILE" if cfg.dataset == "imagenet" else "--geneval --prompts FILE"
-        print(f"{minutes} | pictures: {folder / 'samples'}/ | scores: python evaluate.py "
-              f"--run {folder} {scores}")
-    else:
+    if cfg.dataset not in sample.OFFICIAL:
         begin = time.time()
         run = sample.load_run(folder, device)
         evaluate.report(run, tok.world(cfg, "test")[:2], folder, seed=cfg.seed,
                         n=48 if cfg.smoke else 960)
-        print(f"{minutes}, report {(time.time() - begin) / 60:.1f} | pictures: "
-              f"{folder / 'report.png'}, {folder / 'samples.gif'}, {folder / 'samples'}/")
+        minutes += f", report {(time.time() - begin) / 60:.1f}"
+    print(f"{minutes} | look at {folder}: report.png, samples.gif, samples/")
     if cfg.smoke:
         print("This was a smoke run: the set-up works. Nothing was learnt, the pictures mean "
               "nothing.")

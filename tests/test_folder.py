@@ -57,7 +57,7 @@ def test_classes_are_the_subfolders_sorted_by_name(tmp_path, capsys):
     draw(data / ".ipynb_checkpoints", "a.png")
     draw(data / "a red  apple", "b.png", "UPPER CASE.PNG")
     (data / "dog/notes.txt").write_text("")
-    images, labels, names = tokenizer.folder(data)
+    images, labels, names = tokenizer.folder(data, tokenizer.folder_stamp(data))
     assert names == ["a red  apple", "cat", "dog"] and labels.bincount().tolist() == [2, 25, 20]
     assert labels.tolist() == sorted(labels.tolist()) and images[27:, 0, 5, 5].eq(10).all()
     assert images.shape == (47, 3, 32, 32) and images.dtype == torch.uint8

@@ -195,7 +195,6 @@ def test_blur_equals_the_official_one():
         case.check(f"kernel_{sigma}", wide[20 - size // 2:21 + size // 2], atol=1e-6)
         assert wide.gt(0).sum() == size
     assert fpd.blur(image, 0.0) is image and fpd.blur(image, 0.3) is image
-    assert [fpd.blur_sigma(n) for n in (0, 150_000, 300_000, 10 ** 6)] == [2.0, 1.0, 0.0, 0.0]
 
 
 def test_hinge_values():
