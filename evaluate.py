@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import fpd
-from models import WEIGHTS, find_inception, load_inception
+from models import INCEPTION, WEIGHTS, load_inception
 from sample import (OFFICIAL, batches, decode, draw_tokens, generate, load_models, model_arguments,
                     run_command, sheet, sheet_conditions)
 from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, image_files, paint, parse_caption,
@@ -521,7 +521,7 @@ def official_report(args, run, folder, device):
         models = [("teacher", run.teacher, T) for T in steps]
         if run.student is not None:
             models.append(("student", run.student, 0))
-    path = find_inception(args.weights or WEIGHTS)
+    path = Path(args.weights or WEIGHTS, INCEPTION)
     extract = partial(load_inception(path).to(device), path=args.inception_path)
     mu, sigma, real = reference(args.reference, extract, args.batch)
     count = n if real is None else min(n, len(real))

@@ -520,19 +520,13 @@ class Gan:
         """The n real images of the step that begins with `seen`. -> (n, 3, H, W) in [-1, 1]"""
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
         images = []
-        # more than n, because files that cannot be read are skipped
-        for i in torch.randint(len(self.images), (10 * n,), generator=generator).tolist():
-            image = self.images[i]
+        while len(images) < n:
+            image = self.images[torch.randint(len(self.images), (), generator=generator)]
             try:
-                if isinstance(image, Path):
-                    image = tok.read_image(image, self.size)
-                images.append(image)
+                is_file = isinstance(image, Path)
+                images.append(tok.read_image(image, self.size) if is_file else image)
             except ValueError as error:
                 tqdm.write(f"skipped: {error}")
-            if len(images) == n:
-                break
-        else:
-            raise ValueError(f"nearly all images of {self.cfg.data} cannot be read")
         return tok.to_float(torch.stack(images))
 
     def add(self, gradient, images, step, generator):

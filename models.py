@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from tokenizer import SCENE_WORDS, load_strictly, parse_caption, read_weights
+from tokenizer import SCENE_WORDS, load_weights, parse_caption, read_weights
 
 
 # ---------------------------------------------------------------- pretrained weights
@@ -42,15 +42,6 @@ def find_weights(folder, name, repo, filename):
         raise ValueError(f"no weights at {place}, nor from the hub ({type(error).__name__}). Put "
                          f"the file {filename} of repository {repo} (Hugging Face hub) there, or "
                          "name another folder with --weights") from None
-
-
-def load_weights(network, src, unused=()):
-    """Fill a network of timm or open_clip from a path or a state dict with exactly its keys; those
-    that begin as in `unused` may be there as well. -> the network, frozen and in eval mode"""
-    state = read_weights(src)
-    state = {key: value for key, value in state.items() if not key.startswith(unused)}
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
 
 
 def import_timm():
@@ -157,7 +148,7 @@ def load_maskgit(src, **sizes):
     released = dict(K=1024, L=256, num_classes=1000, width=768, depth=24, heads=16, mlp=3072)
     with torch.device("meta"):
         model = MaskGIT(**released | sizes)
-    return load_strictly(model, read_weights(src))
+    return load_weights(model, src)
 
 
 def imagenet_names():
@@ -350,7 +341,7 @@ def load_maskgen(src, **sizes):
         state.setdefault("embeddings.weight", table)
     with torch.device("meta"):
         model = MaskGen(**released | sizes)
-    model = load_strictly(model, state)
+    load_weights(model, state)
     # not in the file, hence made without values
     model.empty.zero_()
     return model
@@ -671,6 +662,7 @@ def load_discriminator(weights, image_size=256, device="cpu"):
 
 
 # ---------------------------------------------------------------- FID's Inception (2015)
+# Not on the hub: from https://github.com/mseitzer/pytorch-fid, release fid_weights
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -740,16 +732,6 @@ class Inception(nn.Module):
         # the last one of timm's branches is its own pooling
         branches = block._forward(x)[:-1]
         return torch.cat([*branches, block.branch_pool(pooled)], 1)
-
-
-def find_inception(folder):
-    """Path of the FID Inception's weights, which are not on the hub."""
-    place = Path(folder, INCEPTION)
-    if not place.is_file():
-        raise ValueError(f"no weights at {place}. Put the file {INCEPTION} of "
-                         "https://github.com/mseitzer/pytorch-fid (release fid_weights) there, or "
-                         "name another folder with --weights")
-    return place
 
 
 def load_inception(src):

@@ -305,14 +305,6 @@ def folder_classes(data):
     return classes
 
 
-def folder_summary(data):
-    """One line: "DATA: 1797 images in 10 classes, 3 other files left out"."""
-    classes = folder_classes(data)
-    n = sum(len(files) for files in classes.values())
-    total = sum(len(names) for _, _, names in os.walk(data, followlinks=True))
-    return f"{data}: {n} images in {len(classes)} classes, {total - n} other files left out"
-
-
 def folder_stamp(data):
     """A line with name, size and time of each image: with other images it is another text."""
     files = sum(folder_classes(data).values(), [])
@@ -326,6 +318,8 @@ def folder(data, stamp, size=32):
     do not write into them. -> images (N, 3, size, size) uint8, labels (N,) long, names"""
     classes = folder_classes(data)
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    n, total = len(labels), sum(len(names) for _, _, names in os.walk(data, followlinks=True))
+    print(f"{data}: {n} images in {len(classes)} classes, {total - n} other files left out")
     bar = tqdm(sum(classes.values(), []), "reading images", leave=False)
     images = torch.stack([read_image(path, size) for path in bar])
     return images, torch.tensor(labels), list(classes)
@@ -590,8 +584,7 @@ def load_vqgan(src, **sizes):
                     z_channels=256, groups=32, image_size=256)
     with torch.device("meta"):
         model = VQGAN(**released | sizes)
-    state = {key: value for key, value in read_weights(src).items() if not key.startswith("loss.")}
-    return load_strictly(model, state)
+    return load_weights(model, src, unused="loss.")
 
 
 # -------------------------------------------------------------------- TA-TiTok (Kim et al. 2025)
@@ -721,7 +714,7 @@ def load_tatitok(src, **sizes):
     turkeyju/tokenizer_tatitok_bl128_vq on the hub. sizes: of a network of another size (tests)."""
     with torch.device("meta"):
         model = TATiTok(**sizes)
-    return load_strictly(model, read_weights(src))
+    return load_weights(model, src)
 
 
 # -------------------------------------------------------------------- files of pretrained weights
@@ -774,9 +767,13 @@ class TensorsOnly:
             return Inert
 
 
-def load_strictly(model, state):
-    """Fill a model on the meta device from a state dict with exactly its keys and shapes. -> the
-    model, frozen and in eval mode, with float32 parameters on the CPU"""
-    model.to_empty(device="cpu")
-    model.load_state_dict(state, strict=True)
-    return model.eval().requires_grad_(False)
+def load_weights(network, src, unused=()):
+    """Fill a network from what `read_weights` takes, which has exactly its keys and shapes; keys
+    that begin as in `unused` may be there as well. -> the network, frozen and in eval mode"""
+    if next(network.parameters()).is_meta:
+        # built without values, since random ones take longer than reading the file
+        network.to_empty(device="cpu")
+    state = read_weights(src)
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    network.load_state_dict(state, strict=True)
+    return network.eval().requires_grad_(False)

@@ -738,17 +738,14 @@ def new_folder(cfg):
     """runs/<name>, made here: the one to resume, or the next name that is free."""
     if cfg.resume:
         return Path("runs", cfg.name)
-    name = cfg.dataset
-    if cfg.method != "fpd":
-        name += f"-{cfg.method}"
-    if cfg.smoke:
-        name += "-smoke"
+    method = "" if cfg.method == "fpd" else cfg.method
+    parts = (cfg.dataset, method, "smoke" if cfg.smoke else "")
+    name = cfg.name or "-".join(filter(None, parts))
     if cfg.ablations:
         # rows that are there are kept
-        folder = Path("runs", "-".join(filter(None, ("ablations", name, cfg.name))))
+        folder = Path("runs", f"ablations-{name}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    name = cfg.name or name
     for i in itertools.count(1):
         folder = Path("runs", name if i == 1 else f"{name}-{i}")
         try:
@@ -780,8 +777,6 @@ def main():
     if cfg.resume:
         checkpoint = Path("runs", cfg.name, "checkpoint.pt")
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["parts"]
-    if cfg.dataset == "folder":
-        print(tok.folder_summary(cfg.data))
     parts = prepare(cfg, device, saved)
     folder = new_folder(cfg) if rank == 0 or cfg.resume else None
     minutes = f"minutes: prepare {(time.time() - begin) / 60:.1f}"

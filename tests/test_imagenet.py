@@ -71,8 +71,7 @@ def test_official_files_train_and_sample(narrow):
 @pytest.mark.parametrize("line, file, repo", [
     ("train.py --dataset imagenet", "pretrained_maskgit/VQGAN/last.ckpt",
      "llvictorll/Maskgit-pytorch"),
-    ("sample.py --dataset laion", "model.safetensors", "turkeyju/tokenizer_tatitok_bl128_vq"),
-    ("evaluate.py --reference . --folder .", models.INCEPTION, "mseitzer/pytorch-fid")])
+    ("sample.py --dataset laion", "model.safetensors", "turkeyju/tokenizer_tatitok_bl128_vq")])
 def test_a_missing_file_is_named_with_its_repository_and_place(line, file, repo, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     refused(in_process(line, tmp_path), file, repo, "weights/", "--weights")

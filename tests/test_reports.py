@@ -204,7 +204,7 @@ def official(tmp_path, monkeypatch, load):
     save_images(tmp_path / "images", torch.arange(12))
     name = f"inception-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
     (tmp_path / name).write_bytes(b"weights")
-    monkeypatch.setattr(evaluate, "find_inception", lambda folder: tmp_path / name)
+    monkeypatch.setattr(evaluate, "INCEPTION", tmp_path / name)
     monkeypatch.setattr(evaluate, "load_inception", lambda path: Extract())
     return tmp_path, tmp_path / name
 
