@@ -35,6 +35,9 @@ from models import Discriminator, MaskGen, load_discriminator
 # ---------------------------------------------------------------- randomness
 def generators(seed, first, n, device):
     """One generator per image, so that an image does not depend on the batch it is drawn in."""
+    if not 0 <= seed < 4294:
+        # a CPU's generator takes 32 bits: seed 2^26 would give the images of seed 0
+        raise ValueError(f"seeds are 0 to 4293, not {seed}")
     return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
 
 
@@ -54,6 +57,8 @@ def gumbel(shape, generator, device):
 
 def draw(logits, temperature, generator):
     """One token per position. logits (B, L, K), the temperature divides -> z (B, L)."""
+    if temperature <= 0:
+        raise ValueError(f"the temperature is {temperature}, and should be above 0")
     logits = logits.float()
     return (logits / temperature + gumbel(logits.shape, generator, logits.device)).argmax(-1)
 
@@ -329,8 +334,8 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, sche
     for i, count in enumerate(reveal_counts(L, steps, schedule)):
         ramp = i / max(1, steps - 1)
         logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp)
+        tokens = draw(logits, temperature, generator)               # (B, L)
         logits = logits / temperature                               # (B, L, K)
-        tokens = draw(logits, 1.0, generator)                       # (B, L)
         confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         confidence = confidence + noise * (1 - ramp) * gumbel((B, L), generator, c.device)
         confidence = confidence.masked_fill(z < K, -math.inf)       # what is fixed stays fixed
@@ -588,6 +593,8 @@ class DiMO:
         surprise = F.cross_entropy(self.auxiliary(z_masked, c).float().transpose(1, 2), z_hat,
                                    reduction="none")                # (B, L)
         auxiliary_loss = (surprise * is_masked).sum() / is_masked.sum()
+        # a resumed run may have another one than its saved state
+        self.opt.param_groups[0]["lr"] = cfg.lr
         self.opt.zero_grad(set_to_none=True)
         auxiliary_loss.backward()
         self.opt.step()

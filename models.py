@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from tokenizer import SCENE_WORDS, load_weights, parse_caption, read_weights
+from tokenizer import (SCENE_WORDS, load_tatitok, load_vqgan, load_weights, parse_caption,
+                       read_weights)
 
 
 # ---------------------------------------------------------------- pretrained weights
@@ -381,11 +382,6 @@ class Words(nn.Module):
 
 
 # ---------------------------------------------------------------- CLIP (Radford et al. 2021)
-# On the Hugging Face hub: what open_clip's tag "openai" loads
-CLIP_FILE = "open_clip_model.safetensors"
-CLIP_REPO = "timm/vit_large_patch14_clip_336.openai"
-
-
 class TextEncoder(nn.Module):
     """The text tower of CLIP ViT-L/14-336 as open_clip builds it (its name there:
     ViT-L-14-336-quickgelu), with random weights.
@@ -433,7 +429,8 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(src):
-    """CLIP's text tower with OpenAI's weights, from CLIP_FILE of CLIP_REPO."""
+    """CLIP's text tower with OpenAI's weights: `open_clip_model.safetensors` of
+    timm/vit_large_patch14_clip_336.openai, what open_clip's tag "openai" loads."""
     encoder = TextEncoder()
     load_weights(encoder.tower, src, unused=("visual.", "logit_scale"))
     return encoder.eval()
@@ -714,24 +711,21 @@ class Inception(nn.Module):
             for name, block in self.net.named_children():
                 if name == "global_pool":
                     break
-                if hasattr(block, "branch_pool"):
-                    x = self.pooling_block(name, block, x)
-                else:
+                if not hasattr(block, "branch_pool"):
                     x = block(x)
+                    continue
+                # a block of parallel branches, whose last one pools in the original's way
+                if name == "Mixed_7c":
+                    # a slip of the original in its last block, now part of FID
+                    pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+                else:
+                    # TensorFlow averages without the padding
+                    pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+                # the last one of timm's branches is its own pooling
+                branches = block._forward(x)[:-1]
+                x = torch.cat([*branches, block.branch_pool(pooled)], 1)
         features = x.mean((2, 3))                                       # (B, 2048)
         return features, F.linear(features, self.net.fc.weight, bias)
-
-    def pooling_block(self, name, block, x):
-        """A block of parallel branches, whose last one pools in the original's way."""
-        if name == "Mixed_7c":
-            # a slip of the original in its last block, now part of FID
-            pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-        else:
-            # TensorFlow averages without the padding
-            pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        # the last one of timm's branches is its own pooling
-        branches = block._forward(x)[:-1]
-        return torch.cat([*branches, block.branch_pool(pooled)], 1)
 
 
 def load_inception(src):
@@ -739,3 +733,27 @@ def load_inception(src):
     inception = Inception()
     load_weights(inception.net, src)
     return inception.eval()
+
+
+# ---------------------------------------------------------------- the paper's public networks
+# On the Hugging Face hub: repository, file, loader
+MASKGIT_REPO = "llvictorll/Maskgit-pytorch"
+OFFICIAL = {
+    "imagenet": {
+        "tokenizer": (MASKGIT_REPO, "pretrained_maskgit/VQGAN/last.ckpt", load_vqgan),
+        "teacher": (MASKGIT_REPO, "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth",
+                    load_maskgit)},
+    "laion": {
+        "tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors", load_tatitok),
+        "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
+        "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors",
+                 load_text_encoder)}}
+# How the public teachers are sampled. MaskGIT: the settings that Di[M]O's code has for it (their
+# w = 3 is our guidance 4). MaskGen: its authors' configuration (their guidance 12 is our 13)
+PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5),
+          "laion": dict(guidance=13.0, confidence_noise=2.0)}
+# What the public MaskGen draws where no prompt is given
+PROMPTS = ["a photo of a dog", "a red car next to a blue house",
+           "three green apples on a wooden table", "a lighthouse at sunset", "a bowl of soup",
+           "a small boat on a lake in the mountains", "an astronaut riding a horse",
+           "a yellow bird above a white fence"]

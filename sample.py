@@ -11,42 +11,26 @@ generator. train.py draws its sheets and evaluate.py its thousands of images wit
 """
 import argparse
 import copy
+import math
 import sys
 import textwrap
 import time
 import types
+import unicodedata
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import fpd
-from models import (CLIP_FILE, CLIP_REPO, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT, TextEncoder,
-                    Words, find_weights, imagenet_names, load_maskgen, load_maskgit,
-                    load_text_encoder)
-from tokenizer import VQGAN, TATiTok, load_tatitok, load_vqgan, to_uint8
+from models import (OFFICIAL, PROMPTS, PUBLIC, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
+                    TextEncoder, Words, find_weights, imagenet_names)
+from tokenizer import VQGAN, TATiTok, to_uint8
 
-# The paper's public networks on the Hugging Face hub: repository, file, loader
-MASKGIT_REPO = "llvictorll/Maskgit-pytorch"
-OFFICIAL = {
-    "imagenet": {
-        "tokenizer": (MASKGIT_REPO, "pretrained_maskgit/VQGAN/last.ckpt", load_vqgan),
-        "teacher": (MASKGIT_REPO, "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth",
-                    load_maskgit)},
-    "laion": {
-        "tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors", load_tatitok),
-        "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
-        "text": (CLIP_REPO, CLIP_FILE, load_text_encoder)}}
-# How the public teachers are sampled. MaskGIT: the settings that Di[M]O's code has for it (their
-# w = 3 is our guidance 4). MaskGen: its authors' configuration (their guidance 12 is our 13)
-PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5),
-          "laion": dict(guidance=13.0, confidence_noise=2.0)}
-# What the public MaskGen draws where no prompt is given
-PROMPTS = ["a photo of a dog", "a red car next to a blue house",
-           "three green apples on a wooden table", "a lighthouse at sunset", "a bowl of soup",
-           "a small boat on a lake in the mountains", "an astronaut riding a horse",
-           "a yellow bird above a white fence"]
+# The student of the README's first run, for those who have no run yet
+STUDENT = Path(__file__).resolve().parent / "tests" / "student.pt"
 # The classes of the networks that a checkpoint can hold
 PARTS = {cls.__name__: cls for cls in (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words,
                                        TextEncoder)}
@@ -92,21 +76,23 @@ def load_official(dataset, folder, device):
     return types.SimpleNamespace(**networks, names=names)
 
 
-def newest_run():
+def newest_run(default=None):
     """The folder in runs/ whose checkpoint was written last."""
     found = list(Path("runs").glob("*/checkpoint.pt"))
-    if not found:
+    if not found and default is None:
         raise ValueError("there is no run yet: python train.py makes one")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else default
 
 
 def load_run(path, device, weights=None):
-    """A run's folder, or its checkpoint wherever it lies -> namespace of networks and settings.
+    """A run's folder, its checkpoint or its student.pt -> namespace of networks and settings.
 
     cfg, step    settings; how many steps the student was trained
     path         the checkpoint file, from which all of it comes, but for official networks
     names        of the classes; of a run with captions, those of its sheets
-    tokenizer, teacher, phi, judge, text    networks, None where there is none
+    images       the images_stamp of what it was trained on
+    tokenizer, teacher, phi, judge, text    networks, None where there is none; student.pt has a
+                 tokenizer and a text alone
     student      the mean of its weights (EMA)
     weights      the folder of official files; None: the one that the run was trained with
     """
@@ -117,13 +103,15 @@ def load_run(path, device, weights=None):
     cfg = types.SimpleNamespace(**saved["config"])
     if saved["parts"]:
         networks = {name: load_part(part, device) for name, part in saved["parts"].items()}
-        run = types.SimpleNamespace(**dict(text=None, judge=None) | networks)
-        set_text(run.text, run.teacher)
+        run = types.SimpleNamespace(**dict(text=None, judge=None, teacher=None) | networks)
+        set_text(run.text, run.teacher or run.student)
     else:
         run = load_official(cfg.dataset, weights or cfg.weights, device)
     run.cfg, run.step, run.path, run.names = cfg, saved["step"], path, saved["names"]
-    run.student = copy.deepcopy(run.teacher)
-    run.student.load_state_dict(saved["ema"])
+    run.images = saved["images"]
+    if run.teacher is not None:
+        run.student = copy.deepcopy(run.teacher)
+        run.student.load_state_dict(saved["ema"])
     return run
 
 
@@ -138,16 +126,16 @@ def model_arguments(parser):
                         f"run's own, or {WEIGHTS}/. What is not there comes from the hub")
 
 
-def load_models(args, device):
-    """What `model_arguments` say -> namespace as of load_run; with --dataset its student, step and
-    path are None."""
+def load_models(args, device, default=None):
+    """What `model_arguments` say, else the newest run, else the file `default` -> namespace as of
+    load_run; with --dataset its student, step and path are None."""
     if args.dataset:
         print(f"no run: the public networks of {args.dataset}")
         run = load_official(args.dataset, args.weights or WEIGHTS, device)
         run.cfg = types.SimpleNamespace(**PUBLIC[args.dataset], dataset=args.dataset, smoke=False)
         run.student = run.step = run.path = None
         return run
-    path = args.run or newest_run()
+    path = args.run or newest_run(default)
     run = load_run(path, device, args.weights)
     print(f"run {path}: {run.cfg.dataset}, {run.step} steps")
     return run
@@ -177,7 +165,8 @@ def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None):
     yields      z (B, L), images (B, 3, H, W) uint8 on the CPU, and the seconds that both took
     """
     device = tokenizer.E.device
-    for start in tqdm(range(0, len(c), batch), progress, leave=False, disable=progress is None):
+    starts = range(0, len(c), batch)
+    for start in tqdm(starts, progress, leave=False) if progress else starts:
         begin = time.perf_counter()
         part = c[start:start + batch].to(device)
         generators = fpd.generators(seed, start, len(part), device)
@@ -239,14 +228,45 @@ def sheet(rows, captions):
     return picture
 
 
+def step_sheet(parts, student, cfg):
+    """What fpd.fpd_step does to six drafts, as rows of a `sheet`. -> PIL image
+
+    The drafts (Eq. 4); with what r = 0.5 hides in white; as the teacher refines that (Eq. 5); the
+    same for r = 0.85. (TA-TiTok's tokens have no place, so none of them is shown hidden.)
+    """
+    c, captions = sheet_conditions(parts)
+    c = c[:6].to(parts.tokenizer.E.device)
+    generators = fpd.generators(cfg.seed, 0, len(c), c.device)
+    z_hat = draw_tokens(student, c, generators, cfg, 0)                         # (n, L)
+    drafts = decode(parts.tokenizer, z_hat, c)                                  # (n, 3, H, W)
+    rows = [("draft", drafts)]
+    for r in (0.5, 0.85):
+        z_masked, is_masked = fpd.remask(z_hat, torch.full((len(c),), r), student.K, generators)
+        if not isinstance(parts.tokenizer, TATiTok):
+            P = math.isqrt(student.L)
+            squares = is_masked.view(-1, 1, P, P).float().cpu()
+            squares = F.interpolate(squares, drafts.shape[2:]).bool()           # (n, 1, H, W)
+            rows.append((f"hidden, r = {r}", drafts.masked_fill(squares, 255)))
+        z_ref = fpd.refine(parts.teacher, z_masked, c, cfg.teacher_cfg, generators)
+        rows.append((f"refined, r = {r}", decode(parts.tokenizer, z_ref, c)))
+    return sheet(rows, captions[:6])
+
+
 # ---------------------------------------------------------------- the command
 def class_index(text, names):
-    """"207" or "red circle" -> label. Names go first, since folders are often called 1, 2, 3."""
-    if text in names:
-        return names.index(text)
+    """"207" or "red circle" -> label. Names go first, since folders are often called 1, 2, 3 or 01,
+    02, 03."""
+    def plain(name):
+        # without the zeros of 01; letters with accents are one character or two, by the system
+        return unicodedata.normalize("NFC", name).lstrip("0")
+
+    found = [name for name in names if plain(name) == plain(text)]
+    if text in names or len(found) == 1:
+        return names.index(text if text in names else found[0])
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    alike = [name for name in names if text in name] or names
+    some = ", ".join(alike[:6]) + (", ..." if len(alike) > 6 else "")
     raise ValueError(f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or "
                      f"a name ({some})")
 
@@ -300,6 +320,9 @@ def parse():
     parser.add_argument("--steps", type=int, help="the teacher's steps, 16 by default")
     model_arguments(parser)
     args = parser.parse_args()
+    if not args.out.endswith(".png"):
+        # others hold no large grids, which would be found out after the drawing
+        parser.error("--out should end in .png")
     if args.steps is not None and not (args.teacher or args.dataset):
         parser.error("--steps goes with --teacher: a student takes one step")
     return args
@@ -308,14 +331,13 @@ def parse():
 def main():
     args = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = load_models(args, device)
-    if args.teacher or run.student is None:
-        model = run.teacher
+    run = load_models(args, device, STUDENT)
+    model, steps, who = run.student, 0, "student, 1 step"
+    if args.teacher or model is None:
         steps = 16 if args.steps is None else args.steps
-        who = f"teacher, {steps} steps"
-    else:
-        model, steps = run.student, 0
-        who = f"student, 1 step (trained for {run.step} steps)"
+        model, who = run.teacher, f"teacher, {steps} steps"
+    if model is None:
+        raise ValueError(f"{run.path} holds a student alone")
     c, what = conditions(run, args.label, args.prompt, args.n)
     images = generate(model, run.tokenizer, c, run.cfg, steps, args.seed, batch=16,
                       progress="sample")
@@ -323,9 +345,6 @@ def main():
     rows = [("", images[i:i + columns]) for i in range(0, args.n, columns)]
     sheet(rows, [""] * columns).save(args.out)
     print(f"{args.out}: {args.n} images | {who} | {what} | seed {args.seed}")
-    if run.cfg.smoke:
-        print("This is a smoke run: its weights are random or nearly so, the picture means "
-              "nothing.")
 
 
 if __name__ == "__main__":

@@ -277,16 +277,14 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_files(folder, quiet=False):
-    """All images at any depth -> sorted list of paths. Prints how many other files there are. Files
-    with a hidden name on their path are no images: ._x.png, .ipynb_checkpoints/x.png."""
+def image_files(folder):
+    """All images at any depth -> sorted list of paths. Files with a hidden name on their path are
+    no images: ._x.png, .ipynb_checkpoints/x.png."""
     paths = []
     for place, _, names in os.walk(folder, followlinks=True):
         paths += [Path(place, name) for name in names]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
               and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if len(images) < len(paths) and not quiet:
-        print(f"{folder}: {len(paths) - len(images)} files left out, which are hidden or no images")
     if not images:
         # os.walk passes over a folder that does not exist.
         raise ValueError(f"no images in {folder}")
@@ -294,10 +292,10 @@ def image_files(folder, quiet=False):
 
 
 def folder_classes(data):
-    """The user's own images -> dict: name of a subfolder of data -> its images, both sorted.
-    ValueError for a class without training or test images."""
-    classes = {place.name: image_files(place, quiet=True) for place in sorted(Path(data).iterdir())
-               if place.is_dir() and not place.name.startswith(".")}
+    """The user's own images -> dict: name of a subfolder of data -> its images, both sorted; runs/,
+    where train.py writes, is no class. ValueError for a class without training or test images."""
+    classes = {place.name: image_files(place) for place in sorted(Path(data).iterdir())
+               if place.is_dir() and not place.name.startswith(".") and place.name != "runs"}
     counts = {name: len(files) for name, files in classes.items()}
     if len(counts) < 2 or min(counts.values()) < 2:
         raise ValueError(f"--data {data} should have at least 2 subfolders, one for each class, of "
@@ -305,11 +303,15 @@ def folder_classes(data):
     return classes
 
 
-def folder_stamp(data):
-    """A line with name, size and time of each image: with other images it is another text."""
-    files = sum(folder_classes(data).values(), [])
-    facts = [(path.relative_to(data), path.stat()) for path in files]
-    return "\n".join(f"{name} {fact.st_size} {fact.st_mtime_ns}" for name, fact in facts)
+def images_stamp(cfg, times=False):
+    """A line with name and size of each image of a folder; "" for the other data sets. It tells
+    other images, and with their times also those that were changed in place."""
+    if cfg.dataset != "folder":
+        return ""
+    files = sum(folder_classes(cfg.data).values(), [])
+    facts = [(path.relative_to(cfg.data).as_posix(), path.stat()) for path in files]
+    return "\n".join(f"{name} {fact.st_size} {fact.st_mtime_ns if times else ''}"
+                     for name, fact in facts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -319,7 +321,8 @@ def folder(data, stamp, size=32):
     classes = folder_classes(data)
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     n, total = len(labels), sum(len(names) for _, _, names in os.walk(data, followlinks=True))
-    print(f"{data}: {n} images in {len(classes)} classes, {total - n} other files left out")
+    print(f"{data}: the centre squares of {n} images in {len(classes)} classes, scaled to "
+          f"{size} x {size} pixels; {total - n} other files left out")
     bar = tqdm(sum(classes.values(), []), "reading images", leave=False)
     images = torch.stack([read_image(path, size) for path in bar])
     return images, torch.tensor(labels), list(classes)
@@ -357,7 +360,7 @@ def world(cfg, split):
               scenes, a list of N captions, and the names are two captions of each kind
     """
     if cfg.dataset == "folder":
-        images, labels, names = folder(cfg.data, folder_stamp(cfg.data))
+        images, labels, names = folder(cfg.data, images_stamp(cfg, times=True))
         train, test = split_folder(labels)
         chosen = test if split == "test" else train
         return images[chosen], labels[chosen], names

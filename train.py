@@ -4,7 +4,7 @@
                           images -> Phi, judge;   imagenet, laion: official files
     distil                student = copy of the teacher; fpd.fpd_step (Eq. 3 to 8), AdamW, EMA
     report                runs/<name>/: config.json, log.jsonl, samples/, samples.gif,
-                          checkpoint.pt, report.json, report.png
+                          step.png, checkpoint.pt, student.pt, report.json, report.png
 
     python train.py                                  # the shapes world on a CPU
     python train.py --dataset imagenet --gpus 1      # the paper's class-conditional run
@@ -140,7 +140,7 @@ ABLATIONS = [
     ("2", "Di[M]O", dict(method="dimo", **METHODS["dimo"]), None),
     ("2", "SDTT", dict(method="sdtt", **METHODS["sdtt"]), None)]
 # What a run was made of: --resume cannot change it
-FIXED = ("dataset", "method", "data", "captions", "smoke", "tokenizer_steps", "classifier_steps",
+FIXED = ("dataset", "method", "captions", "smoke", "tokenizer_steps", "classifier_steps",
          "teacher_steps", "blocks", "init_mask")
 
 
@@ -148,7 +148,9 @@ def parse(argv=None):
     """Command line -> Config: the paper's defaults, those of data set and method, what was typed;
     with --resume the settings of the checkpoint, then what was typed."""
     parser = argparse.ArgumentParser(
-        description="Distil a masked discrete diffusion model into one step (FPD).",
+        description="Distil a masked discrete diffusion model into one step (FPD). --dataset "
+        "folder trains on your own images, of each the centre square at 32 x 32 pixels; --data "
+        "has a subfolder for each class.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
@@ -408,12 +410,14 @@ def prepared(part, seed, network, args, train, steps, cfg, device, saved, *other
     The file's name carries a hash of settings, images and source code.
     """
     if part not in saved:
-        images = tok.folder_stamp(cfg.data) if cfg.dataset == "folder" else ""
-        key = [seed, args, cfg.dataset, cfg.smoke, steps, images, before,
+        key = [seed, args, cfg.dataset, cfg.smoke, steps, tok.images_stamp(cfg, times=True), before,
                inspect.getsource(network), inspect.getsource(train)]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
         path = Path("runs/prepared", f"{cfg.dataset}-{part}-{digest}.pt")
-        if not path.exists():
+        if path.exists():
+            print(f"{part}: {path} is there")
+        else:
+            print(f"{part}: training for {steps} steps")
             torch.manual_seed(seed)
             model = network(**args).to(device)
             train(model, steps, cfg, device, *others)
@@ -429,12 +433,13 @@ def prepare(cfg, device, saved):
 
     saved     what the checkpoint of the run to resume holds of its parts, or {}
     returns   namespace of the networks tokenizer, teacher, phi, judge (None for captions) and text
-              (None for labels); names; captions to train with; saved, for the checkpoint
+              (None for labels); names; captions to train with; saved and images, for the checkpoint
     """
     if cfg.dataset in sample.OFFICIAL:
         return official_parts(cfg, device, saved)
     _, conditions, names = tok.world(cfg, "train")
-    parts = types.SimpleNamespace(text=None, judge=None, captions=None, names=names, saved=saved)
+    parts = types.SimpleNamespace(text=None, judge=None, captions=None, names=names, saved=saved,
+                                  images=tok.images_stamp(cfg))
     # Codes have length 1. Else those of the dark, middle and light background lie on one line, and
     # the gradient of Eq. 8, which is linear in the codes, never raises the one between two others.
     # Several small objects have more kinds of edges, and need more codes
@@ -486,7 +491,7 @@ def official_parts(cfg, device, saved):
         if parts.text is not None:
             parts.captions = tok.read_captions(cfg.captions)
             parts.names = parts.captions[:8]
-    parts.saved = saved
+    parts.saved, parts.images = saved, ""
     return parts
 
 
@@ -518,11 +523,10 @@ def update_ema(ema, student, decay):
 
 
 def distil(cfg, parts, folder, device):
-    """The loop. -> the student's EMA
+    """The loop. It leaves checkpoint.pt, log.jsonl, samples/ and samples.gif in `folder`.
 
-    Leaves checkpoint.pt, log.jsonl, samples/ and samples.gif in `folder`. Under torchrun every
-    process draws its own conditions and drafts and compares them among themselves; gradients are
-    averaged, and rank 0 writes.
+    Under torchrun every process draws its own conditions and drafts and compares them among
+    themselves; gradients are averaged, and rank 0 writes.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     # shapes stay the same from step to step: cuDNN benchmarks its convolution algorithms once
@@ -551,7 +555,7 @@ def distil(cfg, parts, folder, device):
         states = {name: x.state_dict() for name, x in trained.items()}
         save(folder / "checkpoint.pt",
              dict(step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.saved,
-                  rng=generator.get_state(), **states))
+                  images=parts.images, rng=generator.get_state(), **states))
 
     start = 0
     if cfg.resume:
@@ -627,18 +631,18 @@ def distil(cfg, parts, folder, device):
             sys.exit(128 + received[0])
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return ema
 
 
 def sample_sheet(cfg, parts, ema, folder, step):
     """samples/: teacher in 16 steps and in 1, student in 1, of the same labels or captions.
-    samples.gif: the sheets one after the other."""
+    samples.gif: the sheets one after the other. step.png: one step of the training, now."""
     c, captions = sample.sheet_conditions(parts)
     rows = []
     for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1),
                                 ("student 1", ema, 0)):
         images = sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed)
         rows.append((title, images))
+    sample.step_sheet(parts, ema, cfg).save(folder / "step.png")
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
     sample.sheet(rows, captions).save(samples / f"{step:06d}.png")
@@ -734,6 +738,17 @@ def ablate(base, parts, root, device):
 
 
 # --------------------------------------------------------------------------------- the command
+def save_student(folder):
+    """student.pt: of a checkpoint, only what sample.py draws with, as float16."""
+    saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    parts = {part: x for part, x in saved["parts"].items() if part in ("tokenizer", "text")}
+    parts["student"] = saved["parts"]["teacher"] | dict(state=saved["ema"])
+    for part, x in parts.items():
+        parts[part] = x | dict(state={key: value.half() for key, value in x["state"].items()})
+    kept = {key: saved[key] for key in ("step", "config", "names", "images")}
+    save(folder / "student.pt", kept | dict(parts=parts))
+
+
 def new_folder(cfg):
     """runs/<name>, made here: the one to resume, or the next name that is free."""
     if cfg.resume:
@@ -765,7 +780,9 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     print(f"{device}, torch {torch.__version__}")
-    print(" ".join(f"{name}={value}" for name, value in vars(cfg).items()))
+    changed = [f"{field.name}={getattr(cfg, field.name)}" for field in dataclasses.fields(cfg)
+               if getattr(cfg, field.name) != field.default]
+    print(f"settings (all of them: config.json of the run): {' '.join(changed)}")
     if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.OFFICIAL:
         # measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in pieces of 8
         free = torch.cuda.mem_get_info()[0] / 1e9
@@ -775,8 +792,15 @@ def main():
     begin = time.time()
     saved = {}
     if cfg.resume:
-        checkpoint = Path("runs", cfg.name, "checkpoint.pt")
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["parts"]
+        checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
+                                weights_only=True, mmap=True)
+        saved, step = checkpoint["parts"], checkpoint["step"]
+        if checkpoint["images"] != tok.images_stamp(cfg):
+            raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
+        was = learning_rate(step, Config(**checkpoint["config"]))
+        if step > WARMUP and learning_rate(step + 1, cfg) > 1.01 * was:
+            print(f"the learning rate rises from {was:.1e} to {learning_rate(step + 1, cfg):.1e}, "
+                  "because these settings let it fall later than before")
     parts = prepare(cfg, device, saved)
     folder = new_folder(cfg) if rank == 0 or cfg.resume else None
     minutes = f"minutes: prepare {(time.time() - begin) / 60:.1f}"
@@ -784,7 +808,7 @@ def main():
         ablate(cfg, parts, folder, device)
         return
     if rank == 0:
-        print(f"run {folder}")
+        print(f"{folder}: distilling for {cfg.steps} steps")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     begin = time.time()
     distil(cfg, parts, folder, device)
@@ -799,7 +823,9 @@ def main():
         evaluate.report(run, tok.world(cfg, "test")[:2], folder, seed=cfg.seed,
                         n=48 if cfg.smoke else 960)
         minutes += f", report {(time.time() - begin) / 60:.1f}"
-    print(f"{minutes} | look at {folder}: report.png, samples.gif, samples/")
+        save_student(folder)
+    print(f"{minutes}\nlook at {folder}: report.png, samples.gif, step.png; then try\n"
+          f"    python sample.py --run {folder}")
     if cfg.smoke:
         print("This was a smoke run: the set-up works. Nothing was learnt, the pictures mean "
               "nothing.")

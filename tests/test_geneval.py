@@ -89,13 +89,22 @@ def test_scores_equal_the_official_summary(tmp_path):
     assert table[2].split() == ["0.95", "0.75", "0.62", "0.70", "0.21", "0.38", "0.60"]
 
 
+def test_a_count_may_be_a_float_and_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    prompt = dict(COLOR, include=[{"class": "cow", "count": 2.0, "color": "blue"}])
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps(prompt), encoding="utf-8-sig")
+    seen = write_jsonl(tmp_path / "d.jsonl", [image_line(0, 0, [COW] * 3)])
+    assert evaluate.geneval_scores(seen, prompts)["overall"] == 1
+
+
 @pytest.mark.parametrize("lines, message", [
     # the score would rise without images on which nothing was seen
-    ([image_line(0, 0, [COW])] * 2, "one line for every image"),
-    ([image_line(0, 0, [COW])], "one line for every image"),
-    ([image_line(0, 0, [COW]), image_line(1, 0, []), image_line(1, 1, [])],
-     "equally many images of each of 2 prompts"),
-    ([image_line(0, 1, [COW]), image_line(1, 0, [])], "one line for every image"),
+    ([image_line(0, 0, [COW])] * 2, r"2 lines about 1 of 2 images; .* \[\(1, 0\)\]"),
+    ([image_line(0, 0, [COW]), image_line(0, 1, []), image_line(1, 0, [])],
+     r"3 lines about 3 of 4 images; .* \[\(1, 1\)\]"),
+    ([image_line(0, 1, [COW]), image_line(1, 0, [])], "samples/0001.png is none of 1 images"),
+    ([image_line(0, 99999999999, [COW]), image_line(1, 0, [])], "99999999999.png is none of"),
+    ([image_line(7, 0, [COW]), image_line(1, 0, [])], "00007/samples/0000.png is none of"),
     # such objects would count as missing, or as sure
     ([image_line(0, 0, [COW | {"class": "Cow"}]), image_line(1, 0, [])], "unknown class"),
     ([image_line(0, 0, [COW | {"color": None}]), image_line(1, 0, [])], "unknown class or color"),

@@ -138,6 +138,12 @@ def test_copies_of_training_images_are_found():
     assert evaluate.copied_share(nearly, held_out, training) == 1
     assert evaluate.copied_share(half, held_out, training) == pytest.approx(0.5, abs=0.05)
     assert evaluate.copied_share(new, held_out, training) == pytest.approx(0.05, abs=0.03)
+    # A share of the held-out images is stored twice, also among those trained on: the limit is then
+    # 0, and the copies' distances are rounding errors
+    held_out[:50] = training[:50]
+    rounded = (training * (1 + 1e-6)).float()
+    assert evaluate.copied_share(rounded, held_out, training) == 1
+    assert evaluate.copied_share(new, held_out, training) == 0
 
 
 # ---------------------------------------------------------------- the Inception network

@@ -86,6 +86,6 @@ def test_official_files_train_and_sample(tmp_path, monkeypatch):
     assert saved["names"][0] == "a dog" and len(saved["names"]) == 3
     done = in_process(["sample.py", "--prompt", "a photo of a dog", "--n", "1"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "student, 1 step (trained for 1 steps) | 'a photo of a dog'" in done.stdout
+    assert "student, 1 step | 'a photo of a dog'" in done.stdout
     with Image.open(tmp_path / "sample.png") as picture:
         assert min(picture.size) > 256
