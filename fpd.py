@@ -64,17 +64,10 @@ def draw(logits, temperature, generator):
 
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
-def mask_ratio(t, schedule="arccos"):
-    """gamma of Eq. 1: the share of hidden positions at time t, from gamma(0) = 1 to gamma(1) = 0.
-
-    Our t runs with sampling, from all hidden to none; the paper's runs the other way.
-    """
-    schedules = {"arccos": lambda t: torch.arccos(t) / (math.pi / 2),
-                 "cosine": lambda t: torch.cos(t * math.pi / 2),
-                 "linear": lambda t: 1 - t,
-                 "square": lambda t: 1 - t ** 2,
-                 "root": lambda t: 1 - t.sqrt()}
-    return schedules[schedule](t)
+def mask_ratio(t):
+    """gamma of Eq. 1, the teachers' "arccos": the share of hidden positions at time t, from
+    gamma(0) = 1 to gamma(1) = 0. Our t runs with sampling, the paper's runs the other way."""
+    return torch.arccos(t) / (math.pi / 2)
 
 
 def hide(rank, r):
@@ -302,7 +295,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
 
 # ---------------------------------------------------------------- T-step samplers (Sec. 3.1)
 # The teachers as their authors sample them. No training step of FPD needs this.
-def reveal_counts(L, steps, schedule="arccos"):
+def reveal_counts(L, steps):
     """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
 
     At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have
@@ -310,7 +303,7 @@ def reveal_counts(L, steps, schedule="arccos"):
     """
     if steps == 1:
         return [L]                                                  # official: a division by zero
-    v = mask_ratio(torch.linspace(1, 0, steps), schedule)
+    v = mask_ratio(torch.linspace(1, 0, steps))
     counts = (v / v.sum() * L).round().clamp(min=1).long()
     counts[-1] += L - counts.sum()
     # the table overshoots with many steps, and the sampler stops early
@@ -319,7 +312,7 @@ def reveal_counts(L, steps, schedule="arccos"):
 
 
 @torch.no_grad()
-def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, schedule="arccos"):
+def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5):
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
 
     teacher      a MaskGIT; c (B,) labels
@@ -331,7 +324,7 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5, sche
     """
     B, L, K = len(c), teacher.L, teacher.K
     z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
-    for i, count in enumerate(reveal_counts(L, steps, schedule)):
+    for i, count in enumerate(reveal_counts(L, steps)):
         ramp = i / max(1, steps - 1)
         logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp)
         tokens = draw(logits, temperature, generator)               # (B, L)

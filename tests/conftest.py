@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -131,8 +132,11 @@ def own_copy(tmp_path_factory, run):
 
 # ---------------------------------------------------------------- golden/
 def official_normal(seed, shape):
-    drawn = np.random.RandomState(seed).standard_normal(shape)
-    return torch.from_numpy(np.asarray(drawn, dtype=np.float32))
+    random, drawn = np.random.RandomState(seed), np.empty(math.prod(shape), np.float32)
+    # in pieces, which stay in the processor's cache
+    for piece in np.split(drawn, range(1 << 14, drawn.size, 1 << 14)):
+        piece[:] = random.standard_normal(piece.size)
+    return torch.from_numpy(drawn.reshape(shape))
 
 
 def quick_normal(seed, shape):

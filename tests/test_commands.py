@@ -17,6 +17,7 @@ from PIL import Image
 
 import evaluate
 import fpd
+import models
 import sample
 import tokenizer
 import train
@@ -294,6 +295,25 @@ def test_a_student_is_sampled_with_the_settings_that_it_was_trained_with(worlds,
     images = sample.generate(run.student, run.tokenizer, torch.arange(2), run.cfg, 0)
     assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
     assert [r.tolist() for r in shares] == [[0.5, 0.5]] and temperatures == [0.7]
+
+
+def test_without_a_run_the_student_of_the_repository_draws(tmp_path):
+    """What it is asked for, by the scorer of scenes; a network that has learnt nothing does not."""
+    done = in_process(["sample.py", "--class", "red circle", "--n", "4"], tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"run {sample.STUDENT}: shapes, 320")
+    assert Image.open(tmp_path / "sample.png").size[0] > 4 * 96
+    refused(in_process("sample.py --teacher", tmp_path), "student alone")
+    run = sample.load_run(sample.STUDENT, "cpu")
+    wanted = ["red circle", "green square", "blue triangle", "magenta cross"] * 24
+    c = torch.tensor([run.names.index(name) for name in wanted])
+
+    def share(model):
+        found = [evaluate.scene_objects(image)[:1]
+                 for image in sample.generate(model, run.tokenizer, c, run.cfg, 0)]
+        drawn = [[f"{thing['colour']} {thing['shape']}" for thing in things] for things in found]
+        return sum(names == [name] for names, name in zip(drawn, wanted)) / len(wanted)
+    torch.manual_seed(0)
+    assert share(run.student) >= 0.9 and share(models.MaskGIT().eval()) < 0.1
 
 
 def test_an_image_depends_on_its_seed_and_number_alone(worlds):

@@ -1,8 +1,7 @@
 """A training step at full size without a GPU, on torch's fake tensors, and a smoke run with one.
 
-Fake tensors have a shape, a type and a device, and no numbers: nothing is computed and no memory is
-taken. Without a GPU, torch lets no gradient pass through fake tensors of "cuda". The two places are
-therefore called by other names here: "cpu" stands for the GPU, and "meta" for the host, on which
+Fake tensors have a shape, a type and a device, but no numbers. Without a GPU, no gradient passes
+through those of "cuda". So here "cpu" stands for the GPU, and "meta" for the host, on which
 everything is made that does not name a device.
 """
 import copy
@@ -27,10 +26,8 @@ PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 
 
 class Rehearsal(TorchDispatchMode):
-    """Looks at every kernel of a step, also at those of the backward pass.
-
-    Where a kernel's result depends on numbers, as that of .item() or of nonzero, a GPU's host would
-    have to wait: fake tensors have no numbers, so torch itself raises an error there.
+    """Looks at every kernel of a step, also at those of the backward pass. At .item() or nonzero,
+    for which a GPU's host would have to wait, torch itself raises an error: there are no numbers.
     """
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
         out = kernel(*args, **(kwargs or {}))
@@ -46,13 +43,16 @@ class Rehearsal(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset, flags", [("imagenet", []), ("laion", ["--lift-chunk", "32"])])
 def test_rehearsal(dataset, flags, monkeypatch):
-    """Devices, types and shapes of a step fit, and the host never waits for the GPU.
-
-    The step is that of train.distil without its log, which needs numbers.
-    """
+    """Devices, types and shapes of a step fit, and the host never waits for the GPU. The step is
+    that of train.distil without its log, which needs numbers."""
     cfg = train.parse(["--dataset", dataset, *flags])
     with torch.device(HOST):
         vqgan, teacher, phi = random_networks(dataset)
+    # the transformers' first and last layers stand for all that are equal to them
+    layers = [teacher.transformer.layers] if dataset == "imagenet" else [
+        teacher.blocks, vqgan.encoder.transformer, vqgan.decoder.transformer]
+    for equal in layers:
+        del equal[1:-1]
     parts = [copy.deepcopy(teacher), copy.deepcopy(teacher), teacher, vqgan.bfloat16(), phi]
     in_drift, in_decoder = set(), set()
 
@@ -102,7 +102,7 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch):
     steps = []
 
     def fpd_step(*args, original=fpd.fpd_step):
-        steps.append(len(steps) + 1)
+        steps.append(args)
         torch.cuda.set_sync_debug_mode("error" if len(steps) == 2 else "default")
         try:
             return original(*args)
@@ -119,4 +119,4 @@ def test_a_run_on_a_gpu(tmp_path, monkeypatch):
         assert all(math.isfinite(value) for value in json.loads(line).values())
     saved = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
     assert all(x.isfinite().all() for x in saved["ema"].values())
-    assert steps == [1, 2, 3, 4]
+    assert len(steps) == 4

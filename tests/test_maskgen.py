@@ -1,12 +1,11 @@
 """MaskGen, its sampler and the CLIP text tower: equal to recorded outputs of the official code
 (golden/), one condition tensor for all."""
-import gc
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import golden_fill, load_case
+from conftest import load_case
 from safetensors.torch import save_file
 
 import fpd
@@ -53,29 +52,23 @@ def test_maskgen_equals_the_official_network(name, monkeypatch):
     the last bit of exp is another on each processor, and what becomes of it (1.5e-5 in the
     encoding) grows to 3.5e-5 in the logits.
     """
-    # full_L: 2.4 GB of weights, twice while they are loaded
-    gc.collect()
     case, model = load_case_maskgen(name)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == case.info["param_count"]
-    assert models.AESTHETIC_SCORE == case.info["config"]["model"]["maskgen"][
-        "sample_aesthetic_score"]
-    scores = torch.from_numpy(case.inputs["aesthetic_score"])
+    official_score = case.info["config"]["model"]["maskgen"]["sample_aesthetic_score"]
+    assert models.AESTHETIC_SCORE == official_score
     if model.score_width:
+        scores = torch.from_numpy(case.inputs["aesthetic_score"])
         encoding = models.score_encoding(scores, model.score_width)
         case.check("micro_condition_encoding", encoding, atol=2e-5)
-        recorded = torch.from_numpy(case.arrays["out_micro_condition_encoding"])
-        monkeypatch.setattr(models, "score_encoding",
-                            lambda score, width: recorded[scores == score])
-    z, c = torch.from_numpy(case.inputs["tokens"].astype(np.int64)), text(case.inputs)
-    logits = []
-    # officially one score per image, here one for all
-    for i, score in enumerate(scores):
-        monkeypatch.setattr(models, "AESTHETIC_SCORE", score.item())
-        logits.append(model(z[i:i + 1], c[i:i + 1]))
-    case.check("logits", torch.cat(logits), atol=2e-5)
-    del model
-    gc.collect()
+
+        def recorded(score, width):
+            # officially one score per image, here one for all
+            assert score.tolist() == [official_score] * len(scores) and width == model.score_width
+            return torch.from_numpy(case.arrays["out_micro_condition_encoding"])
+        monkeypatch.setattr(models, "score_encoding", recorded)
+    z = torch.from_numpy(case.inputs["tokens"].astype(np.int64))
+    case.check("logits", model(z, text(case.inputs)), atol=2e-5)
 
 
 @torch.no_grad()
@@ -160,22 +153,13 @@ def test_the_token_table_has_either_name(tmp_path, left_out):
     assert torch.equal(model.empty, torch.zeros(8, 24))
 
 
-def test_weights_with_other_keys_or_of_another_network_are_refused():
-    state = load_case("maskgen_vq", "tiny").weights()
-    missing = {key: value for key, value in state.items() if key != "blocks.1.attn.to_q.bias"}
-    for wrong, words in (
-            (missing, "blocks.1.attn.to_q.bias"),
-            (state | {"surprise": torch.zeros(1)}, "surprise"),
-            (state | {"text_embed_proj.weight": torch.zeros(64, 50)}, "text_embed_proj.weight"),
-            (golden_fill({"conv.weight": [3, 3, 3, 3]}), "embeddings.weight")):
-        with pytest.raises(RuntimeError, match=words):
-            models.load_maskgen(wrong, **TINY)
-
-
 # ---------------------------------------------------------------- the text encoder
-def test_text_tower_equals_the_official_one():
+def test_text_tower_equals_the_official_one(monkeypatch):
     """Tolerance 5e-5: exact GELU changes the states by 0.04 to 0.14, float32 against float64 by
     1e-5."""
+    # random weights, which are replaced at once, take a second
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, *args, **kwargs: x)
     case = load_case("open_clip_text", "text_tower_quickgelu")
     gelu = load_case("open_clip_text", "text_tower_gelu")
     # the file holds the whole CLIP, the other tower, too
@@ -201,16 +185,9 @@ def test_a_caption_does_not_depend_on_its_batch_and_is_cut_behind_75_tokens():
     assert torch.equal(c[2], c[3]) and (c[0] - c[1]).abs().max() > 0.1
 
 
-def test_text_weights_with_other_keys_and_towers_without_quickgelu_are_refused(monkeypatch):
+def test_towers_without_quickgelu_are_refused(monkeypatch):
     """Some releases of open_clip build GELU, and only warn. Every text would be slightly wrong."""
-    encoder = models.TextEncoder(width=16, depth=1, heads=1)
-    tower, state = type(encoder.tower), encoder.tower.state_dict()
-    with monkeypatch.context() as patch:
-        # the full size takes seconds
-        patch.setattr(models, "TextEncoder", lambda: encoder)
-        for wrong in ({"surprise": torch.zeros(1)}, {"ln_final.bias": torch.zeros(5)}):
-            with pytest.raises(RuntimeError, match=next(iter(wrong))):
-                models.load_text_encoder(state | wrong)
+    tower = type(models.TextEncoder(width=16, depth=1, heads=1).tower)
     monkeypatch.setattr("open_clip.transformer.TextTransformer",
                         lambda act_layer, **sizes: tower(act_layer=torch.nn.GELU, **sizes))
     with pytest.raises(ValueError, match="QuickGELU"):

@@ -23,20 +23,10 @@ def weights(images):
     return (x - x[:, :, :1, :1]).abs().sum(1)
 
 
-def test_shapes_follow_from_the_seed_alone():
-    labels, before = torch.arange(50) % 24, torch.get_rng_state()
-    images = shapes(labels, 3)
-    assert images.shape == (50, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, shapes(labels, 3)) and not torch.equal(images, shapes(labels, 4))
-    assert torch.equal(torch.get_rng_state(), before)
-    # Position, size, hue ... vary from image to image.
-    assert images.flatten(1).unique(dim=0).shape[0] == 50
-    assert shapes(labels, 3, size=16).shape == (50, 3, 16, 16)
-
-
 def test_objects_are_within_three_pixels_of_the_centre_on_a_grey_background_that_varies():
     """Centres of mass, per axis; 0.05 px for rounding to pixels."""
     images = shapes(torch.arange(2400) % 24, 0)
+    assert len(images.flatten(1).unique(dim=0)) == 2400
     w, axis = weights(images), torch.arange(32) - 15.5
     centres = torch.stack([w.sum(1) @ axis, w.sum(2) @ axis]) / w.sum((1, 2))     # (2, N) x, y
     assert 2.8 < centres.abs().max() < 3.05 and centres.mean(1).abs().max() < 0.15
@@ -55,7 +45,6 @@ def test_every_split_of_a_world_is_drawn_once_and_for_all(dataset, recorded):
     assert all(len(images) == len(conditions) == 480 for images, conditions, _ in splits)
     means = [images.double().mean().item() for images, _, _ in splits]
     assert means == pytest.approx(recorded, abs=1e-3)
-    assert torch.equal(splits[0][0], world(cfg, "train")[0])
     for _, conditions, names in splits:
         if dataset == "shapes":
             assert names == NAMES and conditions.tolist() == [i % 24 for i in range(480)]
@@ -127,30 +116,9 @@ def test_the_centre_square_is_kept(tmp_path):
 
 
 # -------------------------------------------------------------------- VQGAN
-@pytest.fixture(scope="module")
-def vq():
-    """32 x 32 pixels, f = 4; sizes given, so that these tests do not depend on the small worlds'
-    defaults."""
+def test_nearest_is_the_code_with_the_smallest_distance():
     torch.manual_seed(0)
-    net = VQGAN(K=128, d=16, ch=8, ch_mult=(1, 2, 2), z_channels=16, groups=4, image_size=32)
-    return net.eval()
-
-
-@pytest.mark.parametrize("image_size, ch_mult, L", [
-    (32, (1, 2, 2), 64), (16, (1, 2), 64), (32, (1, 1, 2, 2), 16), (8, (1,), 64)])
-@torch.no_grad()
-def test_images_become_tokens_and_tokens_images(image_size, ch_mult, L):
-    net = VQGAN(K=10, d=6, ch=4, ch_mult=ch_mult, z_channels=8, image_size=image_size,
-                attn_levels=(len(ch_mult) - 1,)).eval()
-    x = 2 * torch.rand(3, 3, image_size, image_size) - 1
-    z = net.encode(x)
-    y = net.decode(net.E[z])
-    assert (net.K, net.L) == (10, L) and z.shape == (3, L) and z.dtype == torch.long
-    assert z.min() >= 0 and z.max() < 10
-    assert y.shape == x.shape and net.encode(y).shape == (3, L)
-
-
-def test_nearest_is_the_code_with_the_smallest_distance(vq):
+    vq = VQGAN(K=128, d=16)
     generator = torch.Generator().manual_seed(0)
     e = torch.randn(5, 64, 16, generator=generator) * 16 ** -0.5
     distance = torch.cdist(e.double().flatten(0, 1), vq.E.double(),
@@ -185,18 +153,6 @@ def test_tokens_are_in_raster_order():
     assert torch.equal(net.decode(e), x)
 
 
-def test_gradient_passes_the_decoder_to_every_token_and_images_are_not_clamped(vq):
-    """Frozen or not: this is the way by which the loss reaches the student (Sec. 3.4). A clamp
-    would stop the gradient of a pixel that is out of range, instead of bringing it back."""
-    e = torch.randn(2, 64, 16, requires_grad=True)
-    vq.decode(e).pow(2).sum().backward()
-    assert e.grad.isfinite().all() and e.grad.abs().amax(-1).min() > 0
-    net = VQGAN(K=4, d=4, ch=4, ch_mult=(1,), z_channels=4, image_size=8)
-    with torch.no_grad():
-        net.decoder.conv_out.bias.fill_(5.0)
-        assert net.decode(net.E[torch.zeros(1, 64, dtype=torch.long)]).mean() > 2
-
-
 # -------------------------------------------------------------------- files of weights
 TINY_VQGAN = dict(K=48, d=16, ch=32, ch_mult=(1, 2), blocks=1, attn_levels=(1,), z_channels=32,
                   image_size=32)
@@ -205,16 +161,6 @@ TINY_VQGAN = dict(K=48, d=16, ch=32, ch_mult=(1, 2), blocks=1, attn_levels=(1,),
 @pytest.fixture(scope="module")
 def state():
     return load_case("taming_vqgan", "tiny").weights()
-
-
-def test_weights_of_another_network_are_refused(state):
-    key = "post_quant_conv.bias"
-    for wrong in ({k: v for k, v in state.items() if k != key}, state | {"surprise": torch.ones(1)},
-                  state | {key: torch.zeros(3)}, {"module." + k: v for k, v in state.items()}):
-        with pytest.raises(RuntimeError, match="state_dict"):
-            load_vqgan(wrong, **TINY_VQGAN)
-    with pytest.raises(FileNotFoundError):
-        read_weights("no such file.pt")
 
 
 class Malicious:
