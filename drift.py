@@ -52,9 +52,6 @@ def drift(X, Y, h, joint=True, self_negative=False, own_target=False):
                      the same distribution, that is, where Eq. 3 holds
     returns          V (B, F, D), float32, without gradient
     """
-    if X.ndim != 3 or Y.ndim != 3 or X.shape[1:] != Y.shape[1:]:
-        raise ValueError("drift wants X (B, F, D) and Y (C, F, D), "
-                         f"got {tuple(X.shape)} and {tuple(Y.shape)}")
     B = X.shape[0]
     if B < 2 and not self_negative:
         raise ValueError("drift needs at least 2 drafts that are compared with each other: "

@@ -332,18 +332,17 @@ def headline(row):
 # ---------------------------------------------------------------- the table of a small world
 def spread(images, labels):
     """How much images of one class of the shapes world differ: standard deviations within classes,
-    averaged over them. images (N, 3, H, W) uint8, labels (N,) -> dict
+    averaged over them. images (N, 3, H, W) uint8, labels (N,) -> (4,)
 
-    "ground": grey level of the background / 255; "size" (root of its area), "x", "y", in pixels: of
-    the object, which differs from the background by more than 45 of 255 in some channel.
+    Of the grey level of the background / 255, and of the object's size (root of its area), x and y
+    in pixels. The object is what differs from the background by more than 45 of 255 in a channel.
     """
     x = images.float()
     background = background_of(x)                                                 # (N, 3, 1, 1)
     area, centre = area_and_centre(((x - background).abs().amax(1) > 45).float())
     ground = background.flatten(1).mean(1) / 255
     values = torch.stack([ground, area.sqrt(), *centre.T], 1)                     # (N, 4)
-    within = torch.stack([values[labels == label].std(0) for label in labels.unique()])
-    return dict(zip(("ground", "size", "x", "y"), within.mean(0).tolist()))
+    return torch.stack([values[labels == label].std(0) for label in labels.unique()]).mean(0)
 
 
 def judged(judge, images):
@@ -389,9 +388,7 @@ def scorer(run, real, n):
         if run.cfg.dataset == "folder":
             row["copies"] = copied_share(features, held_out, training)
         if run.cfg.dataset == "shapes":
-            real_spread = spread(images, conditions)
-            row["spreads"] = {key: x / real_spread[key] for key, x in spread(fake, labels).items()}
-            row["spread"] = sum(row["spreads"].values()) / len(row["spreads"])
+            row["spread"] = (spread(fake, labels) / spread(images, conditions)).mean().item()
         return row
     return conditions[positions], conditions[positions], metrics
 
@@ -407,8 +404,7 @@ def draw_timed(run, name, model, steps, c, seed):
     """A row's images -> z (n, L), images (n, 3, H, W) uint8, milliseconds per image."""
     # a warm-up, which is not timed
     generate(model, run.tokenizer, c[:min(60, len(c) // 4)], run.cfg, steps, seed)
-    title = f"{name} {steps or 1}"
-    drawn = list(batches(model, run.tokenizer, c, run.cfg, steps, seed, progress=title))
+    drawn = list(batches(model, run.tokenizer, c, run.cfg, steps, seed, progress=name))
     z, images, seconds = zip(*drawn)
     return torch.cat(z), torch.cat(images), 1000 * sum(seconds) / len(c)
 
@@ -426,15 +422,19 @@ def draw_fixed_point(run, z, c, seed, batch=60):
     return torch.cat(images)
 
 
-def report(run, real, folder, n=960, seed=0, steps=(16, 8, 4, 2, 1)):
+def report(run, real, folder, n=None, seed=None, steps=None):
     """The paper's Table 2 in miniature, or Table 1's with captions: the teacher in 16 ... 1 steps,
     the fixed point of Eq. 3 (see `draw_fixed_point`) and the student in one step.
 
     run       namespace of sample.load_run
     real      images (N, 3, H, W) uint8, labels (N,) or N captions: real ones that nothing was
               trained on, every stretch of which has a like mixture of classes
-    n, seed   images per row, with conditions in the shares of the real ones; their seed
+    n, seed   images per row, with conditions in the shares of the real ones, by default 960;
+              their seed, by default the run's
     """
+    n = n or (48 if run.cfg.smoke else 960)
+    seed = run.cfg.seed if seed is None else seed
+    steps = (16, 8, 4, 2, 1) if steps is None else steps
     images, conditions = real
     wanted, c, metrics = scorer(run, real, n)
     rows, pictures, (examples, captions) = [], [], sheet_conditions(run)
@@ -502,8 +502,7 @@ def ablation_table(content):
             f"(smallest to largest) of {protocol['seeds']} students, {protocol['base']['steps']} "
             "steps each, SDTT fewer; teacher_passes: of its network, for each image of a batch; "
             "paper: its GenEval score, overall\n")
-    return head + text_table(rows, "table", "row", first, *others, "seconds_per_step",
-                             "teacher_passes", "paper")
+    return head + text_table(rows, "table", "row", first, *others, "teacher_passes", "paper")
 
 
 # ---------------------------------------------------------------- the table of ImageNet (Table 2)
@@ -556,8 +555,7 @@ def official_report(args, run, folder, device):
         if real is not None:
             row["precision"], row["recall"] = precision_recall(real, features)
         rows.append(row)
-        content = write_report(folder, protocol, rows, table, [], [])
-    return content
+        write_report(folder, protocol, rows, table, [], [])
 
 
 # ---------------------------------------------------------------- GenEval (Table 1)
@@ -745,12 +743,7 @@ def main():
         run.cfg.data = args.data or run.cfg.data
         if images_stamp(run.cfg) != run.images:
             raise ValueError(f"--data {run.cfg.data}: not the images that the run was trained on")
-        images, conditions, _ = world(run.cfg, "test")
-        # as train.py makes the report, where nothing else is said
-        n = args.images or (48 if run.cfg.smoke else 960)
-        seed = run.cfg.seed if args.seed is None else args.seed
-        steps = [16, 8, 4, 2, 1] if args.steps is None else args.steps
-        report(run, (images, conditions), folder, n, seed, steps)
+        report(run, world(run.cfg, "test")[:2], folder, args.images, args.seed, args.steps)
 
 
 if __name__ == "__main__":

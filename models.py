@@ -61,33 +61,18 @@ def import_timm():
 
 
 # ---------------------------------------------------------------- MaskGIT (Besnier and Chen 2023)
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.mha = nn.MultiheadAttention(width, heads, batch_first=True)
-
-    def forward(self, x):
-        return self.mha(x, x, x, need_weights=False)[0]
-
-
-class MLP(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Identity(),
-                                 nn.Linear(hidden, width))
-
-    def forward(self, x):
-        return self.net(x)
-
-
-class PreNorm(nn.Module):
-    def __init__(self, width, fn):
+class Residual(nn.Module):
+    """x + fn(norm(x)), with attention ("mha") or an MLP ("net") as fn."""
+    def __init__(self, width, **fn):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.fn = fn
+        self.fn = nn.ModuleDict(fn)
 
     def forward(self, x):
-        return x + self.fn(self.norm(x))
+        y = self.norm(x)
+        if "mha" in self.fn:
+            return x + self.fn["mha"](y, y, y, need_weights=False)[0]
+        return x + self.fn["net"](y)
 
 
 class MaskGIT(nn.Module):
@@ -111,8 +96,12 @@ class MaskGIT(nn.Module):
         self.first_layer = nn.Sequential(
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width), nn.GELU(),
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width))
-        layers = [nn.ModuleList([PreNorm(width, Attention(width, heads)),
-                                 PreNorm(width, MLP(width, mlp))]) for _ in range(depth)]
+        layers = []
+        for _ in range(depth):
+            mha = nn.MultiheadAttention(width, heads, batch_first=True)
+            net = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Identity(),
+                                nn.Linear(mlp, width))
+            layers.append(nn.ModuleList([Residual(width, mha=mha), Residual(width, net=net)]))
         self.transformer = nn.Module()
         self.transformer.layers = nn.ModuleList(layers)
         self.last_layer = nn.Sequential(

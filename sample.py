@@ -37,15 +37,11 @@ PARTS = {cls.__name__: cls for cls in (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet
 
 
 # ---------------------------------------------------------------- networks and runs from disk
-def frozen(network, device):
-    return network.to(device).eval().requires_grad_(False)
-
-
 def load_part(part, device):
     """dict(cls=name of its class, args=, state=), as train.py saves it -> the network, frozen."""
     network = PARTS[part["cls"]](**part["args"])
     network.load_state_dict(part["state"])
-    return frozen(network, device)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def set_text(text, model):
@@ -68,7 +64,7 @@ def load_official(dataset, folder, device):
             name = f"{repo.split('/')[1]}.safetensors"
         path = find_weights(folder, name, repo, file)
         print(f"loading {part} from {path}", flush=True)
-        networks[part] = frozen(load(path), device)
+        networks[part] = load(path).to(device)
     # no image is encoded, which saves 0.8 GB of TA-TiTok
     networks["tokenizer"].encoder = None
     set_text(networks["text"], networks["teacher"])
@@ -229,11 +225,9 @@ def sheet(rows, captions):
 
 
 def step_sheet(parts, student, cfg):
-    """What fpd.fpd_step does to six drafts, as rows of a `sheet`. -> PIL image
-
-    The drafts (Eq. 4); with what r = 0.5 hides in white; as the teacher refines that (Eq. 5); the
-    same for r = 0.85. (TA-TiTok's tokens have no place, so none of them is shown hidden.)
-    """
+    """What fpd.fpd_step does to six drafts. -> PIL image with these rows: the drafts (Eq. 4); in
+    white what r = 0.5 hides of them, but for TA-TiTok, whose tokens have no place; what the teacher
+    makes of the rest (Eq. 5); the same for r = 0.85."""
     c, captions = sheet_conditions(parts)
     c = c[:6].to(parts.tokenizer.E.device)
     generators = fpd.generators(cfg.seed, 0, len(c), c.device)

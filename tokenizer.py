@@ -229,19 +229,6 @@ def scenes(captions, seed, size=32):
     return torch.cat(images)
 
 
-def scene_contents(images, captions):
-    """Those images whose captions name every colour, and the classes of their objects.
-
-    images (N, ...), captions (list of N str)
-    returns   images (n, ...), contents (n, 24) float, 1 for each class of shapes_names in the image
-    """
-    objects = [parse_caption(caption)["objects"] for caption in captions]
-    chosen = [i for i in range(len(captions)) if all(colour for colour, _ in objects[i])]
-    classes = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    contents = [[float(pair in objects[i]) for pair in classes] for i in chosen]
-    return images[chosen], torch.tensor(contents)
-
-
 def read_captions(path):
     """A text file with one caption per line -> list of str, without empty lines."""
     # str.splitlines would also end a line at rare characters that captions from the web contain.
@@ -286,7 +273,6 @@ def image_files(folder):
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
               and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not images:
-        # os.walk passes over a folder that does not exist.
         raise ValueError(f"no images in {folder}")
     return sorted(images)
 

@@ -8,7 +8,6 @@
 
     python train.py                                  # the shapes world on a CPU
     python train.py --dataset imagenet --gpus 1      # the paper's class-conditional run
-    python train.py --dataset laion --captions FILE  # the paper's text-to-image run
 """
 import argparse
 import copy
@@ -332,8 +331,12 @@ def train_classifier(net, steps, cfg, device, split):
     images, labels, _ = tok.world(cfg, split)
     loss_of = F.cross_entropy
     if cfg.dataset == "scenes":
-        # which of the 24 coloured shapes
-        images, labels = tok.scene_contents(images, labels)
+        # which of the 24 coloured shapes, where the caption names every colour
+        objects = [tok.parse_caption(caption)["objects"] for caption in labels]
+        named = [i for i, pairs in enumerate(objects) if all(colour for colour, _ in pairs)]
+        classes = [(colour, shape) for colour in tok.COLOURS for shape in tok.SHAPES]
+        labels = torch.tensor([[float(pair in objects[i]) for pair in classes] for i in named])
+        images = images[named]
         loss_of = F.binary_cross_entropy_with_logits
     width = net.stem.out_channels
     # its own 8 x 8 pixels, and the 32 x 32 of the image as 8 x 8
@@ -483,8 +486,8 @@ def official_parts(cfg, device, saved):
         sample.set_text(parts.text, parts.teacher)
     else:
         parts = sample.load_official(cfg.dataset, cfg.weights, device)
-        phi = load_backbone(find_backbone(BACKBONE, cfg.weights), parts.tokenizer.image_size)
-        parts.phi = sample.frozen(phi, device)
+        path = find_backbone(BACKBONE, cfg.weights)
+        parts.phi = load_backbone(path, parts.tokenizer.image_size).to(device)
         if cfg.gan_weight:
             parts.feature_files = {part: find_backbone(name, cfg.weights)
                                    for part, name in FEATURE_NETWORKS.items()}
@@ -649,9 +652,9 @@ def sample_sheet(cfg, parts, ema, folder, step):
     frames = []
     for file in sorted(samples.glob("*.png")):
         frame = Image.open(file).convert("RGB")
-        frame.thumbnail((960, frame.height))
+        frame.thumbnail((720, frame.height))
         ImageDraw.Draw(frame).text((6, 4), f"step {int(file.stem)}", "black")
-        frames.append(frame)
+        frames.append(frame.quantize(128, dither=Image.Dither.NONE))
     frames[0].save(folder / "samples.gif", save_all=True, append_images=frames[1:], duration=600,
                    loop=0)
 
@@ -712,13 +715,9 @@ def ablate(base, parts, root, device):
             config.write_text(made_with)
             if not (folder / "score.json").exists():
                 print(f"\n{row}, seed {seed}: {folder}")
-                begin = time.time()
                 distil(cfg, parts, folder, device)
-                # sample sheets and all
-                seconds = (time.time() - begin) / cfg.steps
                 run = sample.load_run(folder, device)
                 score = evaluate.score(run, run.student, 0, *scorer)
-                score["seconds_per_step"] = seconds
                 (folder / "score.json").write_text(json.dumps(score, indent=1))
             scores.append(json.loads((folder / "score.json").read_text()))
         run = sample.load_run(root / f"{slug}-{base.seed}", device)
@@ -820,15 +819,13 @@ def main():
     if cfg.dataset not in sample.OFFICIAL:
         begin = time.time()
         run = sample.load_run(folder, device)
-        evaluate.report(run, tok.world(cfg, "test")[:2], folder, seed=cfg.seed,
-                        n=48 if cfg.smoke else 960)
+        evaluate.report(run, tok.world(cfg, "test")[:2], folder)
         minutes += f", report {(time.time() - begin) / 60:.1f}"
         save_student(folder)
     print(f"{minutes}\nlook at {folder}: report.png, samples.gif, step.png; then try\n"
           f"    python sample.py --run {folder}")
     if cfg.smoke:
-        print("This was a smoke run: the set-up works. Nothing was learnt, the pictures mean "
-              "nothing.")
+        print("The set-up works. Nothing was learnt in a smoke run, and its pictures mean nothing.")
 
 
 if __name__ == "__main__":

@@ -45,14 +45,18 @@ def random_networks(dataset):
     return tokenizer.TATiTok(), maskgen, models.Backbone()
 
 
+def frozen(network, device):
+    return network.to(device).eval().requires_grad_(False)
+
+
 def random_parts(dataset, device):
     """-> what train.prepare returns; the GAN needs no files, either"""
-    vqgan, teacher, phi = (sample.frozen(x, device) for x in random_networks(dataset))
+    vqgan, teacher, phi = (frozen(x, device) for x in random_networks(dataset))
     vqgan.encoder = None
     parts = types.SimpleNamespace(tokenizer=vqgan, teacher=teacher, phi=phi, text=None, images={},
                                   saved={}, feature_files={}, names=models.imagenet_names())
     if dataset == "laion":
-        parts.text = sample.frozen(models.TextEncoder(), device)
+        parts.text = frozen(models.TextEncoder(), device)
         parts.captions = parts.names = sample.PROMPTS
     tokenizer.image_files = lambda folder: tokenizer.shapes(torch.arange(24), 0, size=256)
     fpd.load_discriminator = lambda files, size, device: models.Discriminator(

@@ -12,8 +12,8 @@ import evaluate
 from evaluate import AREAS, scene_correct, scene_objects, scene_scores
 from models import Words
 from tokenizer import (COLOURS, COUNTS, PLURALS, RELATIONS, SCENE_WORDS, SHAPES, TAGS, paint,
-                       parse_caption, scene_captions, scene_contents, scenes, shapes_names,
-                       signed_distance, to_float, to_uint8)
+                       parse_caption, scene_captions, scenes, signed_distance,
+                       to_float, to_uint8)
 
 CAPTIONS = scene_captions(600, 1)
 IMAGES = scenes(CAPTIONS, 1)
@@ -87,15 +87,6 @@ def test_what_is_not_of_the_grammar_is_named(text, named):
 def test_what_the_caption_does_not_say_varies():
     assert len(scenes(100 * ["a red circle"], 0).flatten(1).unique(dim=0)) == 100
     assert scenes(["a circle"], 0, size=48).shape == (1, 3, 48, 48)
-
-
-def test_contents():
-    captions = ["a circle", "three red circles", "a blue square above a green triangle",
-                "a circle and a square"]
-    images, contents = scene_contents(torch.arange(4), captions)
-    assert images.tolist() == [1, 2] and contents.shape == (2, 24)
-    names = [[shapes_names()[i] for i in row.nonzero().flatten()] for row in contents]
-    assert names == [["red circle"], ["green triangle", "blue square"]]
 
 
 # ---------------------------------------------------------------- the scorer
