@@ -73,7 +73,7 @@ def test_a_smoke_run_leaves_everything_and_says_that_it_learnt_nothing(smoke_run
     assert all("entropy" in row and "codes_used" in row for row in log)
     with Image.open(run / "samples.gif") as strip, Image.open(run / "samples/000004.png") as sheet:
         # the sheets of steps 0, 2 and 4
-        assert strip.n_frames == 3 and strip.width == min(960, sheet.width)
+        assert strip.n_frames == 3 and strip.width == min(720, sheet.width)
 
 
 def test_prepared_parts_are_reused_and_a_second_run_overwrites_nothing(worlds, no_pictures):
