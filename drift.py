@@ -39,7 +39,7 @@ def drift(X, Y, h, joint=True, self_negative=False, own_target=False):
 
     X (B, F, D)      features of the drafts. The negatives X_sigma(j) of X_i in Eq. 6 are the other
                      drafts: sigma runs through the cyclic shifts of the batch by 1, ..., B - 1
-    Y (C, F, D)      features of the refinements; C = B unless own_target
+    Y (C, F, D)      features of the refinements; C may differ from B if own_target
     h                bandwidth of the Laplace kernel exp(-distance / h), in units of the mean
                      distance, so that 0.02 means the same in every feature space
     joint            True: attraction and repulsion share one normalisation and have equal weight

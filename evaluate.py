@@ -717,8 +717,8 @@ def parse():
         parser.error("--folder needs --reference: what to compare the images with")
     if args.geneval != bool(args.prompts) or args.detections and not args.geneval:
         parser.error("--geneval, --prompts FILE and, for scores, --detections FILE go together")
-    if args.geneval and len(args.steps or []) > 1:
-        parser.error("--geneval draws with one model: give one number of --steps")
+    if min(args.steps or [1]) < 1 or args.geneval and len(args.steps or []) > 1:
+        parser.error("--steps are 1 or more; --geneval draws with one model, and takes one number")
     return args
 
 

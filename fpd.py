@@ -112,7 +112,7 @@ def guided_logits(model, z, c, s):
 def init_tokens(B, L, K, r_init, generator, device="cpu"):
     """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes. -> (B, L)
 
-    This is the student's only noise: which positions are visible, and their codes.
+    This is the only noise that the student's network sees; its tokens are drawn afterwards.
     """
     codes = (uniform((B, L), generator, device) * K).long()
     if r_init == 0:
@@ -159,7 +159,7 @@ class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi; one X (B, F, D) for each block.
 
     Both are frozen, yet gradients pass. cfg: blocks, grid (F = grid^2 positions), space, and
-    lift_chunk: so many images are lifted at a time, and the backward pass computes the rest again.
+    lift_chunk: so many images are lifted at a time, and the backward pass computes them once more.
     That saves memory and is exact, since neither decoder nor Phi mixes the images of a batch.
     """
     def __init__(self, tokenizer, phi, cfg):

@@ -630,7 +630,7 @@ class Discriminator(nn.Module):
             seen = augment(images) if augment else images
             mixed = self.feature_networks[name](network.maps(seen))
             heads = self.discriminators[name]["mini_discs"]
-            of_heads = [judge(m).flatten(1) for judge, m in zip(heads, mixed)]
+            of_heads = [head(m).flatten(1) for head, m in zip(heads, mixed)]
             logits.append(torch.cat(of_heads, 1))                       # (B, n)
         return logits
 

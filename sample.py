@@ -1,7 +1,7 @@
 """sample.py - a trained run, read from disk, and images out of it: the student in one step (Eq. 4),
 the teacher in T.
 
-    python sample.py --class 207                        the newest run's student, a grid as PNG
+    python sample.py --class 207                        the newest run's student, else STUDENT
     python sample.py --prompt "two red circles"         of a run with captions: scenes, laion
     python sample.py --class 207 --teacher --steps 16   the teacher of the run
     python sample.py --dataset imagenet --class 207     the public teacher, no run needed
@@ -73,7 +73,7 @@ def load_official(dataset, folder, device):
 
 
 def newest_run(default=None):
-    """The folder in runs/ whose checkpoint was written last."""
+    """The folder in runs/ whose checkpoint was written last; if there is none, `default`."""
     found = list(Path("runs").glob("*/checkpoint.pt"))
     if not found and default is None:
         raise ValueError("there is no run yet: python train.py makes one")
@@ -87,8 +87,8 @@ def load_run(path, device, weights=None):
     path         the checkpoint file, from which all of it comes, but for official networks
     names        of the classes; of a run with captions, those of its sheets
     images       the images_stamp of what it was trained on
-    tokenizer, teacher, phi, judge, text    networks, None where there is none; student.pt has a
-                 tokenizer and a text alone
+    tokenizer, teacher, phi, judge, text    networks; student.pt has only the first and the last,
+                 and there the teacher is None
     student      the mean of its weights (EMA)
     weights      the folder of official files; None: the one that the run was trained with
     """
@@ -115,7 +115,7 @@ def model_arguments(parser):
     """The flags that say which networks; shared with evaluate.py."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", help="runs/<name>, or the file of a checkpoint; by default the "
-                        "newest run")
+                        "newest run; sample.py: or else tests/student.pt")
     source.add_argument("--dataset", choices=list(OFFICIAL), help="in place of a run: the public "
                         "teacher")
     parser.add_argument("--weights", metavar="DIR", help="folder of official files; by default the "
@@ -178,10 +178,9 @@ def generate(*args, **kwargs):
 
 # ---------------------------------------------------------------- sheets
 def sheet_conditions(run):
-    """The conditions of every sheet, always the same, at most 12.
+    """The conditions of every sheet, always the same. -> c (n, ...), n captions
 
     Of captions: all that the run keeps. Of classes: each once, or 12 that are spread over all.
-    returns   c (n, ...), n captions
     """
     if run.text is not None:
         return run.text.encode(run.names), run.names
@@ -317,8 +316,8 @@ def parse():
     if not args.out.endswith(".png"):
         # others hold no large grids, which would be found out after the drawing
         parser.error("--out should end in .png")
-    if args.steps is not None and not (args.teacher or args.dataset):
-        parser.error("--steps goes with --teacher: a student takes one step")
+    if args.steps is not None and (args.steps < 1 or not (args.teacher or args.dataset)):
+        parser.error("--steps is 1 or more, and goes with --teacher: a student takes one step")
     return args
 
 

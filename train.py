@@ -47,10 +47,10 @@ class Config:
     CAPTIONS say what the small worlds change."""
     # what runs
     dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
-    data: str = ""                    # folder: a subfolder of images per class; else the GAN's
+    data: str = ""                    # folder: a subfolder per class; imagenet, laion: the GAN's
     captions: str = ""                # laion: the file with one caption per line
     method: str = "fpd"               # fpd | dimo | sdtt: the last two for comparison (Table 2)
-    name: str = ""                    # runs/<name>; made from the settings above when empty
+    name: str = ""                    # runs/<name>; when empty, of dataset, method, smoke
     resume: bool = False              # an interrupted run (the newest, or --name) goes on
     gpus: int = None                  # 0: CPU; 1: one GPU; not given: a GPU if there is one
     smoke: bool = False               # tiny step counts: proves the set-up, learns nothing
@@ -76,7 +76,7 @@ class Config:
     grid: int = 4                     # features are averaged to grid x grid; 1 pools (Table 4b)
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Table 4a)
     affinity: str = "joint"           # joint | apart: how attraction and repulsion are normalised
-    own_pair: bool = False            # True: a draft meets itself and its refinement (Eq. 6)
+    own_pair: bool = False            # X_i, Y_i among X_i's negatives, targets (Eq. 6)
     per_class: int = 16               # drafts of one class in a batch: only these are compared;
                                       # 1: the whole batch is, of whatever class
     estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
@@ -178,6 +178,8 @@ def parse(argv=None):
     # what would otherwise give something else without an error
     if cfg.batch % cfg.per_class:
         parser.error(f"--batch {cfg.batch} is no multiple of --per-class {cfg.per_class}")
+    if bool(cfg.data) != (cfg.dataset == "folder") and cfg.dataset not in sample.OFFICIAL:
+        parser.error("--dataset folder and --data DIR go together")
     if cfg.gan_weight and cfg.method != "fpd":
         parser.error("--gan-weight goes with --method fpd")
     if cfg.method == "sdtt" and cfg.init_mask != 1:
@@ -410,7 +412,7 @@ def prepared(part, seed, network, args, train, steps, cfg, device, saved, *other
     before         file of the part that the training depends on
     saved          {part: dict(cls=, args=, state=, file=)} as of sample.load_part: what is there is
                    taken (--resume), what is not is added
-    The file's name carries a hash of settings, images and source code.
+    The file's name carries a hash of settings, images and the source of `network` and `train`.
     """
     if part not in saved:
         key = [seed, args, cfg.dataset, cfg.smoke, steps, tok.images_stamp(cfg, times=True), before,
@@ -526,7 +528,7 @@ def update_ema(ema, student, decay):
 
 
 def distil(cfg, parts, folder, device):
-    """The loop. It leaves checkpoint.pt, log.jsonl, samples/ and samples.gif in `folder`.
+    """The loop. It leaves checkpoint.pt, log.jsonl, samples/ and pictures in `folder`.
 
     Under torchrun every process draws its own conditions and drafts and compares them among
     themselves; gradients are averaged, and rank 0 writes.
@@ -572,8 +574,9 @@ def distil(cfg, parts, folder, device):
         if rank == 0:
             generator.set_state(saved["rng"])
     elif rank == 0:
-        save_checkpoint(0)
+        (folder / "log.jsonl").unlink(missing_ok=True)
         sample_sheet(cfg, parts, ema, folder, 0)
+        save_checkpoint(0)
     model = student
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -629,8 +632,8 @@ def distil(cfg, parts, folder, device):
         if is_saved:
             save_checkpoint(step)
         if received:
-            print(f"\nstopped after step {step}. Go on with: python train.py --resume --name "
-                  f"{folder.name}")
+            how = "the same command" if cfg.ablations else f"train.py --resume --name {folder.name}"
+            print(f"\nstopped after step {step}. Go on with: {how}")
             sys.exit(128 + received[0])
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -749,7 +752,7 @@ def save_student(folder):
 
 
 def new_folder(cfg):
-    """runs/<name>, made here: the one to resume, or the next name that is free."""
+    """runs/<name>: the one to resume, or made here; without --name the next one that is free."""
     if cfg.resume:
         return Path("runs", cfg.name)
     method = "" if cfg.method == "fpd" else cfg.method
@@ -778,10 +781,9 @@ def main():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    print(f"{device}, torch {torch.__version__}")
     changed = [f"{field.name}={getattr(cfg, field.name)}" for field in dataclasses.fields(cfg)
                if getattr(cfg, field.name) != field.default]
-    print(f"settings (all of them: config.json of the run): {' '.join(changed)}")
+    print(f"{device}, torch {torch.__version__}; settings (all: config.json): {' '.join(changed)}")
     if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.OFFICIAL:
         # measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in pieces of 8
         free = torch.cuda.mem_get_info()[0] / 1e9
@@ -822,8 +824,7 @@ def main():
         evaluate.report(run, tok.world(cfg, "test")[:2], folder)
         minutes += f", report {(time.time() - begin) / 60:.1f}"
         save_student(folder)
-    print(f"{minutes}\nlook at {folder}: report.png, samples.gif, step.png; then try\n"
-          f"    python sample.py --run {folder}")
+    print(f"{minutes}\nthe pictures are in {folder}/; then try: python sample.py --run {folder}")
     if cfg.smoke:
         print("The set-up works. Nothing was learnt in a smoke run, and its pictures mean nothing.")
 

@@ -61,6 +61,9 @@ def test_draws_have_the_frequencies_of_the_softmax():
         z = fpd.draw(logits.expand(100, 300, 6), temperature, gen())
         counts = torch.bincount(z.flatten(), minlength=6)
         assert chi_square(counts, (logits / temperature).softmax(0)) < CHI_SQUARE_5
+    # a division by zero would draw any token
+    with pytest.raises(ValueError, match="above 0"):
+        fpd.draw(logits[None, None], 0, gen())
 
 
 # ---------------------------------------------------------------- masking

@@ -28,7 +28,7 @@ def test_settings_are_the_data_sets_then_the_methods_then_what_was_typed():
 
 @pytest.mark.parametrize("line", [
     "--batch 40 --per-class 32", "--gan-weight 1 --method dimo", "--method sdtt --init-mask 0.9",
-    "--draft teacher", "--init 0.5"])
+    "--draft teacher", "--init 0.5", "--data photos", "--dataset folder"])
 def test_settings_that_would_silently_give_something_else_are_refused(line):
     with pytest.raises(SystemExit, match="2"):
         train.parse(line.split())
