@@ -118,8 +118,8 @@ METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=1),
            "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=1, decay=0.25)}
 # No decay in a smoke run, because it depends on the number of steps: 2 steps and 2 more after
 # --resume are then the same as 4
-SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32,
-             per_class=16, decay=0.0, log_every=1, sample_every=2, save_every=2)
+SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0,
+             log_every=1, sample_every=2, save_every=2)
 # The rows of --ablations: the paper's table, a name, what differs from the base, the paper's
 # GenEval score (overall). r = 1 of Table 3b is left out, since nothing of the draft is left there.
 # With the GAN a batch has more classes, because the discriminator's real images are of all classes

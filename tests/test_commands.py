@@ -227,7 +227,7 @@ def test_a_class_is_found_by_its_name_and_then_by_its_number(text, label):
 def test_a_higher_learning_rate_after_resume_is_said(worlds, no_pictures):
     """A finished run's has fallen to 0; with more steps it begins again where it was high."""
     folder = worlds("shapes")
-    line = "train.py --smoke --steps 25 --decay 0.7 --save-every 99 --batch 16 --name longer"
+    line = "train.py --smoke --steps 25 --decay 0.7 --save-every 99 --name longer"
     assert in_process(line, folder).returncode == 0
     done = in_process("train.py --resume --name longer --steps 29", folder)
     assert done.returncode == 0 and "the learning rate rises from" in done.stdout
