@@ -144,9 +144,8 @@ def copied_share(fake, held_out, training):
     has: new images give 0.05, copies 1. (After Alaa et al. 2022 and Meehan et al. 2020.)
     """
     fake, held_out, training = (torch.as_tensor(x).double() for x in (fake, held_out, training))
-    limit = kth_distance(held_out, training, 1).quantile(0.05)
-    # If held-out images have equals among the others, rounding errors alone would decide.
-    limit = limit.clamp(min=1e-4 * training.std())
+    # If held-out images have equals among the others, the limit would be a rounding error.
+    limit = kth_distance(held_out, training, 1).quantile(0.05).clamp(min=1e-4 * training.std())
     return (kth_distance(fake, training, 1) <= limit).double().mean().item()
 
 
@@ -376,6 +375,8 @@ def scorer(run, real, n):
         # Drafts have been through the tokenizer, so they are compared with images that have, too.
         training, _ = judged(run.judge, round_trip(run, world(run.cfg, "train")[0]))
         held_out, _ = judged(run.judge, round_trip(run, images))
+    if run.cfg.dataset == "shapes":
+        real_spread = spread(images, conditions)
 
     def metrics(fake, labels):
         features, logits = judged(run.judge, fake)
@@ -388,7 +389,7 @@ def scorer(run, real, n):
         if run.cfg.dataset == "folder":
             row["copies"] = copied_share(features, held_out, training)
         if run.cfg.dataset == "shapes":
-            row["spread"] = (spread(fake, labels) / spread(images, conditions)).mean().item()
+            row["spread"] = (spread(fake, labels) / real_spread).mean().item()
         return row
     return conditions[positions], conditions[positions], metrics
 

@@ -428,7 +428,7 @@ def load_text_encoder(src):
 # ---------------------------------------------------------------- Phi and judge of the small worlds
 class ConvNet(nn.Module):
     """A small residual classifier, trained here on the world's classes. Used twice, with different
-    seeds, widths and images: as Phi, and as the judge of the samples, in evaluate.py alone."""
+    seeds and widths: as Phi, and as the judge of the samples, in evaluate.py alone."""
     def __init__(self, num_classes=24, width=32):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)

@@ -1,7 +1,7 @@
 """sample.py - a trained run, read from disk, and images out of it: the student in one step (Eq. 4),
 the teacher in T.
 
-    python sample.py --class 207                        the newest run's student, else STUDENT
+    python sample.py --class 207                        the newest run, or tests/student.pt
     python sample.py --prompt "two red circles"         of a run with captions: scenes, laion
     python sample.py --class 207 --teacher --steps 16   the teacher of the run
     python sample.py --dataset imagenet --class 207     the public teacher, no run needed
@@ -45,10 +45,17 @@ def load_part(part, device):
 
 
 def set_text(text, model):
-    """Give a MaskGen the encoding of the empty caption, which stands for "no condition". (text is
-    None for a model of labels, which needs none.)"""
+    """Give a MaskGen the encoding of "", its "no condition"; text is None for a model of labels."""
     if text is not None:
         model.empty.copy_(text.encode([""])[0, :len(model.empty)])
+
+
+def load_parts(parts, device):
+    """{part: dict as of load_part} -> namespace of the networks, None where there is none."""
+    networks = {name: load_part(part, device) for name, part in parts.items()}
+    run = types.SimpleNamespace(**dict(text=None, judge=None, teacher=None) | networks)
+    set_text(run.text, run.teacher or run.student)
+    return run
 
 
 def load_official(dataset, folder, device):
@@ -92,15 +99,11 @@ def load_run(path, device, weights=None):
     student      the mean of its weights (EMA)
     weights      the folder of official files; None: the one that the run was trained with
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoint.pt"
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     cfg = types.SimpleNamespace(**saved["config"])
     if saved["parts"]:
-        networks = {name: load_part(part, device) for name, part in saved["parts"].items()}
-        run = types.SimpleNamespace(**dict(text=None, judge=None, teacher=None) | networks)
-        set_text(run.text, run.teacher or run.student)
+        run = load_parts(saved["parts"], device)
     else:
         run = load_official(cfg.dataset, weights or cfg.weights, device)
     run.cfg, run.step, run.path, run.names = cfg, saved["step"], path, saved["names"]
@@ -247,8 +250,7 @@ def step_sheet(parts, student, cfg):
 
 # ---------------------------------------------------------------- the command
 def class_index(text, names):
-    """"207" or "red circle" -> label. Names go first, since folders are often called 1, 2, 3 or 01,
-    02, 03."""
+    """"207" or "red circle" -> label. Names go first: folders are often called 1, 2 or 01, 02."""
     def plain(name):
         # without the zeros of 01; letters with accents are one character or two, by the system
         return unicodedata.normalize("NFC", name).lstrip("0")

@@ -267,9 +267,8 @@ def read_image(path, size=None):
 def image_files(folder):
     """All images at any depth -> sorted list of paths. Files with a hidden name on their path are
     no images: ._x.png, .ipynb_checkpoints/x.png."""
-    paths = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        paths += [Path(place, name) for name in names]
+    paths = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
+             for name in names]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
               and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not images:

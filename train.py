@@ -481,11 +481,8 @@ def official_parts(cfg, device, saved):
         for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
             torch.manual_seed(seed)
             saved[part] = dict(cls=network.__name__, args=args, state=network(**args).state_dict())
-        networks = {part: sample.load_part(x, device) for part, x in saved.items()}
-        parts = types.SimpleNamespace(**dict(text=None, judge=None) | networks)
-        parts.names = imagenet_names() if parts.text is None else sample.PROMPTS
-        parts.captions = parts.names
-        sample.set_text(parts.text, parts.teacher)
+        parts = sample.load_parts(saved, device)
+        parts.captions = parts.names = imagenet_names() if parts.text is None else sample.PROMPTS
     else:
         parts = sample.load_official(cfg.dataset, cfg.weights, device)
         path = find_backbone(BACKBONE, cfg.weights)
@@ -799,9 +796,9 @@ def main():
         if checkpoint["images"] != tok.images_stamp(cfg):
             raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
         was = learning_rate(step, Config(**checkpoint["config"]))
-        if step > WARMUP and learning_rate(step + 1, cfg) > 1.01 * was:
-            print(f"the learning rate rises from {was:.1e} to {learning_rate(step + 1, cfg):.1e}, "
-                  "because these settings let it fall later than before")
+        now = learning_rate(step + 1, cfg)
+        if step > WARMUP and now > 1.01 * was:
+            print(f"the learning rate rises from {was:.1e} to {now:.1e}: it now falls later")
     parts = prepare(cfg, device, saved)
     folder = new_folder(cfg) if rank == 0 or cfg.resume else None
     minutes = f"minutes: prepare {(time.time() - begin) / 60:.1f}"
