@@ -28,8 +28,8 @@ from tqdm import tqdm
 import fpd
 from models import INCEPTION, WEIGHTS, load_inception
 from sample import (OFFICIAL, batches, decode, draw_tokens, generate, load_models, model_arguments,
-                    run_command, sheet, sheet_conditions)
-from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, image_files, images_stamp, paint,
+                    run_command, image_grid, grid_conditions)
+from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, image_files, fingerprint, paint,
                        parse_caption, read_image, to_float, world)
 
 # Rounds of Eq. 3's operator in the row "fixed point"
@@ -135,7 +135,7 @@ def precision_recall(real, fake, k=3):
     return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
 
 
-def copied_share(fake, held_out, training):
+def memorised_share(fake, held_out, training):
     """Share of fakes that are suspiciously near to an image that was trained on.
 
     fake, held_out, training (., D)   features: of generated images, of other real images, of those
@@ -283,8 +283,8 @@ def protocol_of(run, **more):
     """What a score depends on, to be kept beside it. run: None for images of a folder. -> dict"""
     protocol = dict(dataset="folder", torch=torch.__version__, numpy=np.__version__) | more
     if run is not None:
-        for key in ("dataset", "smoke", "data", "guidance", "confidence_noise", "init_mask",
-                    "temperature", "remask", "teacher_cfg"):
+        for key in ("dataset", "smoke", "data", "sample_guidance", "confidence_noise", "init_mask",
+                    "temperature", "remask", "refine_guidance"):
             protocol[key] = getattr(run.cfg, key, None)
         # the last two parts of the path stay when the folder of all runs is moved
         protocol["run"] = run.path and "/".join(run.path.resolve().parts[-2:])
@@ -295,7 +295,7 @@ def write_report(folder, protocol, rows, table, pictures, captions):
     """Print the table; write report.json and, with pictures, report.png.
 
     protocol   dict; a report of another protocol stays, and this one is report-2.json, ...
-    table      content of report.json, which is returned -> text;  pictures: rows of a `sheet`
+    table      content of report.json, which is returned -> text;  pictures: rows of an `image_grid`
     """
     content = json.loads(json.dumps(dict(protocol=protocol, rows=rows)))
     print(table(content))
@@ -306,7 +306,7 @@ def write_report(folder, protocol, rows, table, pictures, captions):
         path = path.with_name(f"report-{number}.json")
     path.write_text(json.dumps(content, indent=1))
     if pictures:
-        sheet(pictures, captions).save(path.with_suffix(".png"))
+        image_grid(pictures, captions).save(path.with_suffix(".png"))
     return content
 
 
@@ -317,7 +317,7 @@ def table(content):
             f"{protocol['scores']}")
     columns = text_table(rows, "model", "steps", "fd", "fid", "inception_score",
                          "inception_score_std", "precision", "recall", "accuracy", "spread",
-                         "copies", *TAGS, "overall", "ms_per_image")
+                         "memorised", *TAGS, "overall", "ms_per_image")
     return "\n".join(filter(None, [head, protocol["warning"], columns]))
 
 
@@ -351,7 +351,7 @@ def judged(judge, images):
     return collect(parts, lambda part: judge(to_float(part).to(device)))
 
 
-def round_trip(run, images):
+def reconstruct(run, images):
     """Images (N, 3, H, W) uint8 -> the same after encoding and decoding."""
     parts = [to_float(part).to(run.tokenizer.E.device) for part in images.split(60)]
     return torch.cat([decode(run.tokenizer, run.tokenizer.encode(part), None) for part in parts])
@@ -373,8 +373,8 @@ def scorer(run, real, n):
     real_statistics = statistics(real_features)
     if run.cfg.dataset == "folder":
         # Drafts have been through the tokenizer, so they are compared with images that have, too.
-        training, _ = judged(run.judge, round_trip(run, world(run.cfg, "train")[0]))
-        held_out, _ = judged(run.judge, round_trip(run, images))
+        training, _ = judged(run.judge, reconstruct(run, world(run.cfg, "train")[0]))
+        held_out, _ = judged(run.judge, reconstruct(run, images))
     if run.cfg.dataset == "shapes":
         real_spread = spread(images, conditions)
 
@@ -387,7 +387,7 @@ def scorer(run, real, n):
             row["precision"], row["recall"] = precision_recall(real_features[:n], features)
         row["accuracy"] = float((logits.argmax(1) == labels.numpy()).mean())
         if run.cfg.dataset == "folder":
-            row["copies"] = copied_share(features, held_out, training)
+            row["memorised"] = memorised_share(features, held_out, training)
         if run.cfg.dataset == "shapes":
             row["spread"] = (spread(fake, labels) / real_spread).mean().item()
         return row
@@ -438,7 +438,7 @@ def report(run, real, folder, n=None, seed=None, steps=None):
     steps = (16, 8, 4, 2, 1) if steps is None else steps
     images, conditions = real
     wanted, c, metrics = scorer(run, real, n)
-    rows, pictures, (examples, captions) = [], [], sheet_conditions(run)
+    rows, pictures, (examples, captions) = [], [], grid_conditions(run)
 
     def add(model, T, numbers, drawn, labels, ms=None):
         rows.append(dict(model=model, steps=T, **numbers, ms_per_image=ms))
@@ -459,8 +459,8 @@ def report(run, real, folder, n=None, seed=None, steps=None):
                    f"{len(images) - m} others is {real_row['fd']:.2f}")
     add("real", None, real_row, images, conditions)
     # what the tokenizer alone costs
-    drawn = round_trip(run, images[:n])
-    add("round trip", None, metrics(drawn, conditions[:n]), drawn, conditions[:n])
+    drawn = reconstruct(run, images[:n])
+    add("reconstruction", None, metrics(drawn, conditions[:n]), drawn, conditions[:n])
     for T in sorted(set(steps), reverse=True):
         z, drawn, ms = draw_timed(run, "teacher", run.teacher, T, c, seed)
         add("teacher", T, metrics(drawn, wanted), drawn, wanted, ms)
@@ -742,7 +742,7 @@ def main():
         raise ValueError("imagenet is scored with --reference, laion with --geneval and --prompts")
     else:
         run.cfg.data = args.data or run.cfg.data
-        if images_stamp(run.cfg) != run.images:
+        if fingerprint(run.cfg) != run.images:
             raise ValueError(f"--data {run.cfg.data}: not the images that the run was trained on")
         report(run, world(run.cfg, "test")[:2], folder, args.images, args.seed, args.steps)
 

@@ -1,7 +1,7 @@
 """fpd.py - Fixed-Point Distillation: the paper's Sec. 3.1 to 3.4, in its order.
 
-z_init --student--> logits --sample--> draft z_hat --hide a share r--> z_masked --teacher--> z_ref
- (almost all hidden)  |     (Eq. 4)      |                              (M_r)     (Eq. 5)      |
+z_init --student--> logits --sample--> draft z_hat --mask a share r--> z_masked --teacher--> z_ref
+ (almost all masked)  |     (Eq. 4)      |                              (M_r)     (Eq. 5)      |
                       |                  | E[z_hat], straight-through (Eq. 8)         E[z_ref] |
                       |                  +--> decoder --> Phi --> X --+                        |
                       |                        drift loss (Eq. 6, 7) -+- Y <-- Phi <-- decoder +
@@ -14,7 +14,7 @@ With `fpd_step` the method is complete. Below it: the teachers' own samplers, th
 for comparison, Di[M]O and SDTT.
 
     B drafts   L tokens each   K codes (mask id = K)   d code width  c condition   E (K, d) codebook
-    r share of hidden positions   is_masked (B, L) bool, True = hidden   guidance s: u + s (c - u)
+    r share of masked positions   is_masked (B, L) bool, True = masked   guidance s: u + s (c - u)
     generator: one torch.Generator for the batch, or a list of B, one per image (then image i does
     not depend on its batch).
 """
@@ -64,14 +64,14 @@ def draw(logits, temperature, generator):
 
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
-def mask_ratio(t):
-    """gamma of Eq. 1, the teachers' "arccos": the share of hidden positions at time t, from
+def gamma(t):
+    """gamma of Eq. 1, the teachers' "arccos": the share of masked positions at time t, from
     gamma(0) = 1 to gamma(1) = 0. Our t runs with sampling, the paper's runs the other way."""
     return torch.arccos(t) / (math.pi / 2)
 
 
-def hide(rank, r):
-    """Hide a share r (B,) of the positions, given in a random order. -> (B, L), True = hidden
+def masked_positions(rank, r):
+    """Mask a share r (B,) of the positions, given in a random order. -> (B, L), True = masked
 
     rank (B, L): the place of each position in that order. The count is exact, max(1, round(r L)),
     so that every image is refined at the r that was drawn; in Eq. 1 it is exact on average only.
@@ -81,12 +81,12 @@ def hide(rank, r):
 
 
 def remask(z, r, mask_id, generator):
-    """M_r of Eq. 5: hide a share r of each draft at random (Eq. 1).
+    """M_r of Eq. 5: mask a share r of each draft at random (Eq. 1).
 
     z (B, L), r (B,) -> z_masked (B, L), is_masked (B, L) bool
     """
     rank = uniform(z.shape, generator, z.device).argsort(1).argsort(1)  # a random order, (B, L)
-    is_masked = hide(rank, r.to(z.device))
+    is_masked = masked_positions(rank, r.to(z.device))
     return z.masked_fill(is_masked, mask_id), is_masked
 
 
@@ -94,7 +94,7 @@ def sample_ratio(B, low, high, generator, device="cpu"):
     """r ~ pi of Eq. 5: the teacher's training law arccos(u) 2/pi, cut to [low, high]. -> (B,)"""
     # arccos decreases, so the bounds of u are those of r in reverse order
     u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
-    return mask_ratio(u_low + (u_high - u_low) * uniform((B,), generator, device))
+    return gamma(u_low + (u_high - u_low) * uniform((B,), generator, device))
 
 
 # ---------------------------------------------------------------- the teacher (Sec. 3.1)
@@ -123,9 +123,9 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
 
 @torch.no_grad()
 def refine(teacher, z_masked, c, s, generator):
-    """T_phi^r of Eq. 5: the teacher fills the hidden positions of z_masked (B, L), guidance s.
+    """T_phi^r of Eq. 5: the teacher fills the masked positions of z_masked (B, L), guidance s.
 
-    Hidden tokens are sampled, not maximised, because Eq. 3 is about distributions. All are filled,
+    Masked tokens are sampled, not maximised, because Eq. 3 is about distributions. All are filled,
     although Sec. 3.1's operator masks some again, because the result is decoded.   -> z_ref (B, L)
     """
     logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
@@ -133,13 +133,13 @@ def refine(teacher, z_masked, c, s, generator):
 
 
 def local_correction(teacher, z, c, cfg, generator):
-    """The operator of Eq. 3: hide a share r ~ pi of z (B, L), and let the teacher fill it again.
+    """The operator of Eq. 3: mask a share r ~ pi of z (B, L), and let the teacher fill it again.
 
     -> z_ref (B, L), is_masked (B, L)
     """
     r = sample_ratio(len(z), *cfg.remask, generator, z.device)
     z_masked, is_masked = remask(z, r, teacher.K, generator)        # M_r
-    z_ref = refine(teacher, z_masked, c, cfg.teacher_cfg, generator)    # T_phi^r
+    z_ref = refine(teacher, z_masked, c, cfg.refine_guidance, generator)    # T_phi^r
     return z_ref, is_masked
 
 
@@ -260,15 +260,15 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     """
     B, K = len(c), student.K
     n = B if cfg.per_class == 1 else cfg.per_class                  # drafts that are compared
-    # draft (Eq. 4): one pass over an almost hidden canvas
+    # draft (Eq. 4): one pass over an almost fully masked canvas
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)   # (B, L)
     logits = student(z_init, c)                                     # (B, L, K)
     z_hat, e = straight_through(logits, E, generator, cfg.temperature,    # (B, L), (B, L, d)
                                 soft=cfg.estimator == "soft")
-    # refinement (Eq. 5): hide a part of the draft, let the frozen teacher fill it in
+    # refinement (Eq. 5): mask a part of the draft, let the frozen teacher fill it in
     with torch.no_grad():
         source = z_hat
-        if cfg.draft == "random":                                   # Table 3b
+        if cfg.draft_source == "random":                                   # Table 3b
             source = init_tokens(B, student.L, K, 0, generator, c.device)
         z_ref, is_masked = local_correction(teacher, source, c, cfg, generator)   # (B, L)
         Y = lift.features(lift.decode(E[z_ref], c))                 # targets are constants
@@ -288,7 +288,7 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         logs["entropy"] = entropy(logits)
         is_used = torch.zeros(K, device=c.device).scatter_(0, z_hat.flatten(), 1.0)     # (K,)
         logs["codes_used"] = is_used.sum()
-        # share of the hidden tokens that the teacher replaced
+        # share of the masked tokens that the teacher replaced
         logs["changed"] = (z_ref != source).float().sum() / is_masked.sum()
     return loss, logs, images
 
@@ -303,7 +303,7 @@ def reveal_counts(L, steps):
     """
     if steps == 1:
         return [L]                                                  # official: a division by zero
-    v = mask_ratio(torch.linspace(1, 0, steps))
+    v = gamma(torch.linspace(1, 0, steps))
     counts = (v / v.sum() * L).round().clamp(min=1).long()
     counts[-1] += L - counts.sum()
     # the table overshoots with many steps, and the sampler stops early
@@ -312,7 +312,7 @@ def reveal_counts(L, steps):
 
 
 @torch.no_grad()
-def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5):
+def sample_maskgit(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5):
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
 
     teacher      a MaskGIT; c (B,) labels
@@ -323,7 +323,7 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5):
     returns      z (B, L), codes only
     """
     B, L, K = len(c), teacher.L, teacher.K
-    z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
+    z = torch.full((B, L), K, device=c.device)                      # all masked: z_T of Sec. 3.1
     for i, count in enumerate(reveal_counts(L, steps)):
         ramp = i / max(1, steps - 1)
         logits = guided_logits(teacher, z, c, 1 + (s - 1) * ramp)
@@ -338,12 +338,12 @@ def sample(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4.5):
 
 
 def remask_counts(L, steps):
-    """How many of L tokens the official MaskGen sampler hides again after each step.
+    """How many of L tokens the official MaskGen sampler masks again after each step.
 
     -> list of `steps` ints, falling to 0 in the last
     """
     counts = [L]                                                    # before the first step
-    for ratio in mask_ratio(torch.arange(1, steps) / steps).tolist():
+    for ratio in gamma(torch.arange(1, steps) / steps).tolist():
         # at least one is revealed, and one left for the next step
         counts.append(max(1, min(counts[-1] - 1, math.floor(L * ratio))))
     return counts[1:] + [0]
@@ -351,7 +351,7 @@ def remask_counts(L, steps):
 
 @torch.no_grad()
 def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine"):
-    """The official MaskGen sampler: T steps of "predict all, hide the least confident again".
+    """The official MaskGen sampler: T steps of "predict all, mask the least confident again".
 
     teacher   a MaskGen; c (B, rows, W) text
     s         guidance of the last step. It ramps up from 2 (from s if that is less), along half a
@@ -363,7 +363,7 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine
     """
     ramps = {"cosine": lambda t: (1 - math.cos(math.pi * t)) / 2, "linear": lambda t: t}
     B, L, K = len(c), teacher.L, teacher.K
-    z = torch.full((B, L), K, device=c.device)                      # all hidden: z_T of Sec. 3.1
+    z = torch.full((B, L), K, device=c.device)                      # all masked: z_T of Sec. 3.1
     for i, count in enumerate(remask_counts(L, steps)):
         t = (i + 1) / steps                                         # a single step: no noise
         weight = min(2, s) + (s - min(2, s)) * ramps[ramp](t)
@@ -381,7 +381,7 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine
 
 def sample_teacher(teacher, c, steps, generator, s, noise):
     """The teacher's own sampler, MaskGen's or MaskGIT's. -> z (B, L)"""
-    sampler = sample_maskgen if isinstance(teacher, MaskGen) else sample
+    sampler = sample_maskgen if isinstance(teacher, MaskGen) else sample_maskgit
     return sampler(teacher, c, steps, generator, s=s, noise=noise)
 
 
@@ -547,7 +547,7 @@ class Gan:
 class DiMO:
     """Di[M]O (Zhu et al. 2025): token-level matching on the student's drafts.
 
-    It needs the distribution of the drafts' hidden tokens, given the visible ones. An auxiliary
+    It needs the distribution of the drafts' masked tokens, given the visible ones. An auxiliary
     network learns it from the drafts, because the student sees z_init only. The student's logits
     then get the gradient of KL(teacher, auxiliary) with respect to the auxiliary's logits, past the
     sampling, the decoder and Phi.   .trained: for the checkpoint
@@ -560,7 +560,7 @@ class DiMO:
         self.trained = dict(auxiliary=self.auxiliary, auxiliary_opt=self.opt)
 
     def step(self, student, c, step, generator):
-        """c (B, ...) -> loss (), whose value is KL(teacher, auxiliary) per hidden token, as in the
+        """c (B, ...) -> loss (), whose value is KL(teacher, auxiliary) per masked token, as in the
         released configuration; logs. The caller runs backward; the auxiliary takes its step here.
         """
         cfg, B, K = self.cfg, len(c), student.K
@@ -570,13 +570,13 @@ class DiMO:
         r = sample_ratio(B, 0, 1, generator, c.device)              # as in the teacher's training
         z_masked, is_masked = remask(z_hat, r, K, generator)
         with torch.no_grad():
-            log_p = guided_logits(self.teacher, z_masked, c, cfg.teacher_cfg).log_softmax(-1)
+            log_p = guided_logits(self.teacher, z_masked, c, cfg.refine_guidance).log_softmax(-1)
             q = self.auxiliary(z_masked, c).float()                 # (B, L, K)
         # autocast keeps the weights that it cast under no_grad, and they would get no gradient
         torch.clear_autocast_cache()
         q.requires_grad_()
         kl = F.kl_div(q.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
-        divergence = (kl * is_masked).sum() / is_masked.sum()       # mean over what is hidden
+        divergence = (kl * is_masked).sum() / is_masked.sum()       # mean over what is masked
         gradient, = torch.autograd.grad(divergence, q)
         # the bracket is 0: `gradient` goes to the student's logits as it is
         loss = divergence.detach() + (gradient * (logits - logits.detach())).sum()
@@ -606,25 +606,26 @@ class SDTT:
         self.trained = dict(sdtt_teacher=self.teacher)
 
     def step(self, student, c, step, generator):
-        """c (B, ...) -> loss (), KL(student, teacher) per hidden token, their default; logs."""
+        """c (B, ...) -> loss (), KL(student, teacher) per masked token, their default; logs."""
         cfg, teacher = self.cfg, self.teacher
         B, L, K = len(c), student.L, student.K
         now = 4 * (step - 1) // cfg.steps                           # round 0 .. 3
         if now > 4 * (step - 2) // cfg.steps >= 0:
             teacher.load_state_dict(student.state_dict())
         steps = 8 >> now                                            # that the student shall take
-        s = cfg.teacher_cfg if now == 0 else 1                      # later, guidance is learnt
+        s = cfg.refine_guidance if now == 0 else 1                      # later, guidance is learnt
         with torch.no_grad():
             if steps > 1:
                 # theirs are training images, ours samples of the teacher in 4 steps
-                z = sample_teacher(self.original, c, 4, generator, cfg.guidance,
+                z = sample_teacher(self.original, c, 4, generator, cfg.sample_guidance,
                                    cfg.confidence_noise)            # (B, L)
             else:
-                z = torch.zeros(B, L, dtype=torch.long, device=c.device)    # all will be hidden
+                z = torch.zeros(B, L, dtype=torch.long, device=c.device)    # all will be masked
             t = (uniform((B,), generator, c.device) * steps).floor()    # step 0 .. steps - 1
             rank = uniform(z.shape, generator, c.device).argsort(1).argsort(1)
-            is_masked = hide(rank, mask_ratio(t / steps))           # (B, L)
-            still_masked = hide(rank, mask_ratio((t + 0.5) / steps))    # after half of the step
+            is_masked = masked_positions(rank, gamma(t / steps))    # (B, L)
+            # after half of the step
+            still_masked = masked_positions(rank, gamma((t + 0.5) / steps))
             z_masked = z.masked_fill(is_masked, K)
             first = guided_logits(teacher, z_masked, c, s)          # (B, L, K)
             halfway = torch.where(is_masked & ~still_masked, draw(first, 1.0, generator), z_masked)

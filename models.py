@@ -739,8 +739,8 @@ OFFICIAL = {
                  load_text_encoder)}}
 # How the public teachers are sampled. MaskGIT: the settings that Di[M]O's code has for it (their
 # w = 3 is our guidance 4). MaskGen: its authors' configuration (their guidance 12 is our 13)
-PUBLIC = {"imagenet": dict(guidance=4.0, confidence_noise=4.5),
-          "laion": dict(guidance=13.0, confidence_noise=2.0)}
+PUBLIC = {"imagenet": dict(sample_guidance=4.0, confidence_noise=4.5),
+          "laion": dict(sample_guidance=13.0, confidence_noise=2.0)}
 # What the public MaskGen draws where no prompt is given
 PROMPTS = ["a photo of a dog", "a red car next to a blue house",
            "three green apples on a wooden table", "a lighthouse at sunset", "a bowl of soup",

@@ -93,7 +93,7 @@ def load_run(path, device, weights=None):
     cfg, step    settings; how many steps the student was trained
     path         the checkpoint file, from which all of it comes, but for official networks
     names        of the classes; of a run with captions, those of its sheets
-    images       the images_stamp of what it was trained on
+    images       the fingerprint of what it was trained on
     tokenizer, teacher, phi, judge, text    networks; student.pt has only the first and the last,
                  and there the teacher is None
     student      the mean of its weights (EMA)
@@ -147,7 +147,7 @@ def draw_tokens(model, c, generator, cfg, steps):
     images -> z (B, L)"""
     if steps == 0:
         return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
-    return fpd.sample_teacher(model, c, steps, generator, cfg.guidance, cfg.confidence_noise)
+    return fpd.sample_teacher(model, c, steps, generator, cfg.sample_guidance, cfg.confidence_noise)
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def generate(*args, **kwargs):
 
 
 # ---------------------------------------------------------------- sheets
-def sheet_conditions(run):
+def grid_conditions(run):
     """The conditions of every sheet, always the same. -> c (n, ...), n captions
 
     Of captions: all that the run keeps. Of classes: each once, or 12 that are spread over all.
@@ -199,7 +199,7 @@ def sheet_conditions(run):
     return c, [run.names[i] for i in c]
 
 
-def sheet(rows, captions):
+def image_grid(rows, captions):
     """A labelled grid of images. -> PIL image
 
     rows        [(title, images (n, 3, H, W) uint8), ...]
@@ -226,11 +226,11 @@ def sheet(rows, captions):
     return picture
 
 
-def step_sheet(parts, student, cfg):
+def step_grid(parts, student, cfg):
     """What fpd.fpd_step does to six drafts. -> PIL image with these rows: the drafts (Eq. 4); in
-    white what r = 0.5 hides of them, but for TA-TiTok, whose tokens have no place; what the teacher
+    white what r = 0.5 masks of them, but for TA-TiTok, whose tokens have no place; what the teacher
     makes of the rest (Eq. 5); the same for r = 0.85."""
-    c, captions = sheet_conditions(parts)
+    c, captions = grid_conditions(parts)
     c = c[:6].to(parts.tokenizer.E.device)
     generators = fpd.generators(cfg.seed, 0, len(c), c.device)
     z_hat = draw_tokens(student, c, generators, cfg, 0)                         # (n, L)
@@ -242,10 +242,10 @@ def step_sheet(parts, student, cfg):
             P = math.isqrt(student.L)
             squares = is_masked.view(-1, 1, P, P).float().cpu()
             squares = F.interpolate(squares, drafts.shape[2:]).bool()           # (n, 1, H, W)
-            rows.append((f"hidden, r = {r}", drafts.masked_fill(squares, 255)))
-        z_ref = fpd.refine(parts.teacher, z_masked, c, cfg.teacher_cfg, generators)
+            rows.append((f"masked, r = {r}", drafts.masked_fill(squares, 255)))
+        z_ref = fpd.refine(parts.teacher, z_masked, c, cfg.refine_guidance, generators)
         rows.append((f"refined, r = {r}", decode(parts.tokenizer, z_ref, c)))
-    return sheet(rows, captions[:6])
+    return image_grid(rows, captions[:6])
 
 
 # ---------------------------------------------------------------- the command
@@ -338,7 +338,7 @@ def main():
                       progress="sample")
     columns = min(8, args.n)
     rows = [("", images[i:i + columns]) for i in range(0, args.n, columns)]
-    sheet(rows, [""] * columns).save(args.out)
+    image_grid(rows, [""] * columns).save(args.out)
     print(f"{args.out}: {args.n} images | {who} | {what} | seed {args.seed}")
 
 

@@ -265,8 +265,8 @@ def read_image(path, size=None):
 
 
 def image_files(folder):
-    """All images at any depth -> sorted list of paths. Files with a hidden name on their path are
-    no images: ._x.png, .ipynb_checkpoints/x.png."""
+    """All images at any depth -> sorted list of paths. Names that begin with a dot are left out, of
+    files and of folders: ._x.png, .ipynb_checkpoints/x.png."""
     paths = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
              for name in names]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
@@ -288,7 +288,7 @@ def folder_classes(data):
     return classes
 
 
-def images_stamp(cfg, times=False):
+def fingerprint(cfg, times=False):
     """A line with name and size of each image of a folder; "" for the other data sets. It tells
     other images, and with their times also those that were changed in place."""
     if cfg.dataset != "folder":
@@ -345,7 +345,7 @@ def world(cfg, split):
               scenes, a list of N captions, and the names are two captions of each kind
     """
     if cfg.dataset == "folder":
-        images, labels, names = folder(cfg.data, images_stamp(cfg, times=True))
+        images, labels, names = folder(cfg.data, fingerprint(cfg, times=True))
         train, test = split_folder(labels)
         chosen = test if split == "test" else train
         return images[chosen], labels[chosen], names

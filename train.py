@@ -64,14 +64,14 @@ class Config:
     weights: str = WEIGHTS            # folder of their files, which else come from the hub
     blocks: tuple = (2, 5, 8, 11)     # of Phi, whose outputs are compared (Table 4b)
     # sampling of the teacher; by default as the public MaskGIT is sampled
-    guidance: float = 4.0             # in the last step
+    sample_guidance: float = 4.0             # in the last step
     confidence_noise: float = 4.5     # their r_temp
     # the method
     init_mask: float = 0.9            # r_init of Sec. 3.2; stored with the student
     temperature: float = 1.0          # of Eq. 4, in training and after it
-    draft: str = "student"            # student | random: what is refined (Table 3b)
+    draft_source: str = "student"            # student | random: what is refined (Table 3b)
     remask: tuple = (0.1, 0.9)        # pi of Eq. 5: arccos(u) 2/pi between these two shares
-    teacher_cfg: float = 2.0          # guidance of the refinement (Eq. 5)
+    refine_guidance: float = 2.0          # guidance of the refinement (Eq. 5)
     space: str = "feature"            # feature | pixel: where drafts are compared (Table 4a)
     grid: int = 4                     # features are averaged to grid x grid; 1 pools (Table 4b)
     bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Table 4a)
@@ -96,7 +96,7 @@ class Config:
 
 # The values that a setting can have, where they are few
 CHOICES = dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"),
-               method=("fpd", "dimo", "sdtt"), gpus=(0, 1), draft=("student", "random"),
+               method=("fpd", "dimo", "sdtt"), gpus=(0, 1), draft_source=("student", "random"),
                space=("feature", "pixel"), affinity=("joint", "apart"), estimator=("ste", "soft"))
 # The student's gradient is clipped to this norm
 CLIP = 1.0
@@ -105,12 +105,12 @@ WARMUP = 20
 # What the small worlds change: their student is 200 times smaller and trains for minutes. Drafts
 # sampled at temperature 1 are patchwork there, because each token is drawn on its own
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
-             per_class=32, guidance=2.0, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
+             per_class=32, sample_guidance=2.0, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # Captions: most occur once per batch, so a draft's own refinement is its only target, the whole
 # batch is compared, and Eq. 6 is used as printed. MaskGen's sampler has a noise of its own
 CAPTIONS = dict(own_pair=True, affinity="apart", per_class=1, confidence_noise=2.0)
 DATASETS = {"shapes": SMALL, "scenes": SMALL | CAPTIONS, "folder": SMALL, "imagenet": {},
-            "laion": CAPTIONS | dict(batch=64, guidance=13.0)}                  # Sec. 4.1
+            "laion": CAPTIONS | dict(batch=64, sample_guidance=13.0)}                  # Sec. 4.1
 # Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas, and neither compares
 # drafts with each other. SDTT's last round is the one that counts, so lr falls in it alone; its
 # canvas holds no codes, so sampling at temperature 1 is its only noise
@@ -130,7 +130,7 @@ ABLATIONS = [
     ("3a", "STE + GAN", dict(gan_weight=0.5, per_class=16), 0.45),
     ("", "16 drafts of a class", dict(per_class=16), None),
     ("", "without the own pair", dict(own_pair=False), None),
-    ("3b", "random draft", dict(draft="random"), 0.22),
+    ("3b", "random draft", dict(draft_source="random"), 0.22),
     ("4a", "pixel space", dict(space="pixel"), 0.21),
     ("4a", "one bandwidth", dict(bandwidths=(0.05,)), 0.41),
     ("4b", "pooled, grid 1", dict(grid=1), 0.34),
@@ -183,7 +183,7 @@ def parse(argv=None):
     if cfg.gan_weight and cfg.method != "fpd":
         parser.error("--gan-weight goes with --method fpd")
     if cfg.method == "sdtt" and cfg.init_mask != 1:
-        parser.error("--method sdtt begins with everything hidden: --init-mask 1")
+        parser.error("--method sdtt begins with everything masked: --init-mask 1")
     if "RANK" in os.environ and (cfg.gan_weight or cfg.method != "fpd" or cfg.ablations):
         parser.error("several processes train FPD without the GAN, and nothing else")
     return cfg
@@ -359,7 +359,7 @@ def train_classifier(net, steps, cfg, device, split):
 
 
 def train_teacher(teacher, steps, cfg, device, vq, text):
-    """MaskGIT or MaskGen on the tokens: predict what is hidden (Eq. 2). The condition is dropped
+    """MaskGIT or MaskGen on the tokens: predict what is masked (Eq. 2). The condition is dropped
     for one image in ten, so that guidance works."""
     images, c, _ = tok.world(cfg, "train")
     with torch.no_grad():
@@ -415,7 +415,7 @@ def prepared(part, seed, network, args, train, steps, cfg, device, saved, *other
     The file's name carries a hash of settings, images and the source of `network` and `train`.
     """
     if part not in saved:
-        key = [seed, args, cfg.dataset, cfg.smoke, steps, tok.images_stamp(cfg, times=True), before,
+        key = [seed, args, cfg.dataset, cfg.smoke, steps, tok.fingerprint(cfg, times=True), before,
                inspect.getsource(network), inspect.getsource(train)]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
         path = Path("runs/prepared", f"{cfg.dataset}-{part}-{digest}.pt")
@@ -444,7 +444,7 @@ def prepare(cfg, device, saved):
         return official_parts(cfg, device, saved)
     _, conditions, names = tok.world(cfg, "train")
     parts = types.SimpleNamespace(text=None, judge=None, captions=None, names=names, saved=saved,
-                                  images=tok.images_stamp(cfg))
+                                  images=tok.fingerprint(cfg))
     # Codes have length 1. Else those of the dark, middle and light background lie on one line, and
     # the gradient of Eq. 8, which is linear in the codes, never raises the one between two others.
     # Several small objects have more kinds of edges, and need more codes
@@ -572,7 +572,7 @@ def distil(cfg, parts, folder, device):
             generator.set_state(saved["rng"])
     elif rank == 0:
         (folder / "log.jsonl").unlink(missing_ok=True)
-        sample_sheet(cfg, parts, ema, folder, 0)
+        sample_grid(cfg, parts, ema, folder, 0)
         save_checkpoint(0)
     model = student
     if dist.is_initialized():
@@ -625,7 +625,7 @@ def distil(cfg, parts, folder, device):
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(dict(step=step, **numbers)) + "\n")
         if step % cfg.sample_every == 0:
-            sample_sheet(cfg, parts, ema, folder, step)
+            sample_grid(cfg, parts, ema, folder, step)
         if is_saved:
             save_checkpoint(step)
         if received:
@@ -636,19 +636,19 @@ def distil(cfg, parts, folder, device):
         signal.signal(number, handler)
 
 
-def sample_sheet(cfg, parts, ema, folder, step):
+def sample_grid(cfg, parts, ema, folder, step):
     """samples/: teacher in 16 steps and in 1, student in 1, of the same labels or captions.
     samples.gif: the sheets one after the other. step.png: one step of the training, now."""
-    c, captions = sample.sheet_conditions(parts)
+    c, captions = sample.grid_conditions(parts)
     rows = []
     for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1),
                                 ("student 1", ema, 0)):
         images = sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed)
         rows.append((title, images))
-    sample.step_sheet(parts, ema, cfg).save(folder / "step.png")
+    sample.step_grid(parts, ema, cfg).save(folder / "step.png")
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
-    sample.sheet(rows, captions).save(samples / f"{step:06d}.png")
+    sample.image_grid(rows, captions).save(samples / f"{step:06d}.png")
     frames = []
     for file in sorted(samples.glob("*.png")):
         frame = Image.open(file).convert("RGB")
@@ -662,7 +662,7 @@ def sample_sheet(cfg, parts, ema, folder, step):
 # --------------------------------------------------------------------------------- ablations
 def teacher_passes(cfg):
     """Passes of the teacher's network for each image of a batch in a run; guidance takes two."""
-    guided = 1 if cfg.teacher_cfg == 1 else 2
+    guided = 1 if cfg.refine_guidance == 1 else 2
     if cfg.method == "sdtt":
         # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
         # rounds; two steps as the target in each round, guided in the first
@@ -692,7 +692,7 @@ def ablate(base, parts, root, device):
     n = 48 if base.smoke else 960
     parts.cfg = base
     scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
-    rows, pictures, (c, captions) = [], [], sample.sheet_conditions(parts)
+    rows, pictures, (c, captions) = [], [], sample.grid_conditions(parts)
     for table, row, settings, paper in ablation_rows(base):
         scores = []
         for seed in range(base.seed, base.seed + base.ablations):
@@ -793,7 +793,7 @@ def main():
         checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
                                 weights_only=True, mmap=True)
         saved, step = checkpoint["parts"], checkpoint["step"]
-        if checkpoint["images"] != tok.images_stamp(cfg):
+        if checkpoint["images"] != tok.fingerprint(cfg):
             raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
         was = learning_rate(step, Config(**checkpoint["config"]))
         now = learning_rate(step + 1, cfg)

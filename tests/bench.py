@@ -67,7 +67,7 @@ def random_parts(dataset, device):
 
 def bench_sampling(cfg, parts):
     """-> rows: ms per image, of one alone and of 64. The student's network is the teacher's."""
-    rows, (shown, _) = [], sample.sheet_conditions(parts)
+    rows, (shown, _) = [], sample.grid_conditions(parts)
     for steps in (16, 8, 4, 1, 0):
         row = dict(model="teacher" if steps else "student", steps=steps or 1)
         for n in (1, 64):
@@ -100,7 +100,7 @@ def bench_training(cfg, parts, device):
 
     for owner, name, before, after in PARTS:
         setattr(owner, name, timed(getattr(owner, name), before, after))
-    train.save = train.sample_sheet = lambda *args: None
+    train.save = train.sample_grid = lambda *args: None
     rows, methods = [], {"FPD": ("fpd", 0.0), "FPD + GAN": ("fpd", cfg.gan_weight),
                          "Di[M]O": ("dimo", 0.0)}
     if not cfg.gan_weight:

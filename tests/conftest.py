@@ -98,7 +98,7 @@ def smoke_runs(tmp_path_factory):
     import train
     # the teacher's many rows are the slowest part
     report = functools.partial(evaluate.report, steps=(2,))
-    sample_sheet = train.sample_sheet
+    sample_grid = train.sample_grid
 
     @functools.cache
     def run(dataset):
@@ -106,7 +106,7 @@ def smoke_runs(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             # whole runs, also where the first test to ask has `no_pictures`
             patch.setattr(evaluate, "report", report)
-            patch.setattr(train, "sample_sheet", sample_sheet)
+            patch.setattr(train, "sample_grid", sample_grid)
             done = in_process(f"train.py --dataset {dataset} --smoke", folder)
         assert done.returncode == 0, done.stderr[-2000:]
         return folder, done
@@ -120,7 +120,7 @@ def no_pictures(smoke_runs, monkeypatch):
     import evaluate
     import train
     monkeypatch.setattr(evaluate, "report", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train, "sample_sheet", lambda *args: None)
+    monkeypatch.setattr(train, "sample_grid", lambda *args: None)
 
 
 def own_copy(tmp_path_factory, run):

@@ -105,20 +105,20 @@ def test_the_split_is_the_recorded_one():
 def test_the_stamp_tells_data_apart(tmp_path):
     """Another name, class, size or time is other data; another place is not."""
     data = dataset(tmp_path / "data", ant=3, bee=3)
-    stamps = {tokenizer.images_stamp(settings(data), times=True)}
+    stamps = {tokenizer.fingerprint(settings(data), times=True)}
     data = data.rename(tmp_path / "moved")
-    assert tokenizer.images_stamp(settings(data), times=True) in stamps
-    without_times = tokenizer.images_stamp(settings(data))
+    assert tokenizer.fingerprint(settings(data), times=True) in stamps
+    without_times = tokenizer.fingerprint(settings(data))
     for change in (lambda: os.utime(data / "ant/000.png", (1, 1)),
                    lambda: (data / "ant").rename(data / "zebra"),
                    lambda: draw(data / "bee", "0.png"),
                    lambda: (data / "bee/0.png").rename(data / "bee/1.png")):
         change()
-        assert tokenizer.images_stamp(settings(data), times=True) not in stamps
-        stamps.add(tokenizer.images_stamp(settings(data), times=True))
+        assert tokenizer.fingerprint(settings(data), times=True) not in stamps
+        stamps.add(tokenizer.fingerprint(settings(data), times=True))
         # a copy has other times
-        assert (tokenizer.images_stamp(settings(data)) == without_times) == (len(stamps) == 2)
-    assert tokenizer.images_stamp(types.SimpleNamespace(dataset="shapes")) == ""
+        assert (tokenizer.fingerprint(settings(data)) == without_times) == (len(stamps) == 2)
+    assert tokenizer.fingerprint(types.SimpleNamespace(dataset="shapes")) == ""
 
 
 def test_what_train_py_writes_beside_the_classes_is_no_class(tmp_path, monkeypatch):

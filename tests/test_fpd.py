@@ -67,30 +67,30 @@ def test_draws_have_the_frequencies_of_the_softmax():
 
 
 # ---------------------------------------------------------------- masking
-def test_the_schedule_falls_from_all_hidden_to_none():
-    gamma = fpd.mask_ratio(torch.linspace(0, 1, 101))
+def test_the_schedule_falls_from_all_masked_to_none():
+    gamma = fpd.gamma(torch.linspace(0, 1, 101))
     assert gamma[[0, 50, 100]].tolist() == pytest.approx([1, 2 / 3, 0], abs=1e-6)
     assert (gamma.diff() < 0).all()
 
 
-def test_remask_hides_exact_counts_and_leaves_the_rest():
+def test_remask_masks_exact_counts_and_leaves_the_rest():
     z = torch.randint(K, (6, L), generator=gen())
     before = z.clone()
     r = torch.tensor([0.0, 0.01, 0.25, 0.5, 0.7, 1.0])
     z_masked, is_masked = fpd.remask(z, r, K, gen())
-    # at least one is hidden, also for r = 0
+    # at least one is masked, also for r = 0
     assert is_masked.dtype == torch.bool and is_masked.sum(1).tolist() == [1, 1, 4, 8, 11, 16]
     assert (z_masked[is_masked] == K).all() and torch.equal(z_masked[~is_masked], z[~is_masked])
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("r_init, hidden", [(0.0, 0), (0.3, 5), (0.6, 10), (0.9, 14), (1.0, 16)])
-def test_z_init_has_exactly_its_share_of_mask_ids_and_codes_elsewhere(r_init, hidden):
+@pytest.mark.parametrize("r_init, masked", [(0.0, 0), (0.3, 5), (0.6, 10), (0.9, 14), (1.0, 16)])
+def test_z_init_has_exactly_its_share_of_mask_ids_and_codes_elsewhere(r_init, masked):
     z = fpd.init_tokens(500, L, K, r_init, gen())
     assert z.shape == (500, L) and z.dtype == torch.long
-    assert ((z == K).sum(1) == hidden).all()
+    assert ((z == K).sum(1) == masked).all()
     assert z.min() >= 0 and z.max() <= K
-    if hidden < L:
+    if masked < L:
         # nearly every image has a canvas of its own
         assert len(z.unique(dim=0)) > 450
         counts = torch.bincount(z[z < K], minlength=K).float()
@@ -193,13 +193,13 @@ def test_images_of_one_or_more_steps_do_not_depend_on_their_batch(s, steps):
         generator = generators(3, first, n, "cpu")
         if steps == 0:
             return fpd.one_step(network, c[first:first + n], 0.6, generator)
-        return fpd.sample(network, c[first:first + n], steps, generator, s=s)
+        return fpd.sample_maskgit(network, c[first:first + n], steps, generator, s=s)
 
     five = draw(0, 5)
     assert five.shape == (5, L) and five.dtype == torch.long and five.min() >= 0 and five.max() < K
     assert five.unique(dim=0).shape[0] == 5
     if steps == 0:
-        # one pass over z_init, of which 0.6 are hidden, as in training
+        # one pass over z_init, of which 0.6 are masked, as in training
         assert len(network.seen) == 1 and ((network.seen[0] == K).sum(1) == 10).all()
     for i in range(5):
         assert torch.equal(draw(i, 1)[0], five[i])
@@ -254,7 +254,7 @@ class System:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(estimator="soft"), dict(affinity="apart", own_pair=True), dict(teacher_cfg=1.0),
+    {}, dict(estimator="soft"), dict(affinity="apart", own_pair=True), dict(refine_guidance=1.0),
     dict(per_class=1), dict(init_mask=1.0), dict(remask=(0.0, 1.0))], ids=str)
 def test_a_step_gives_a_finite_loss_and_only_the_student_gets_gradient(settings):
     system = System(**settings)
@@ -308,7 +308,7 @@ def test_the_teacher_is_given_the_draft_in_part_and_the_decoder_codes(estimator)
 def test_a_step_is_in_the_papers_order_with_one_pass_of_the_teacher():
     """The draft comes first, then the refinement, then the lift of both (Eq. 4, 5 and Sec. 3.3).
     Guidance doubles the teacher's batch."""
-    system, order = System(teacher_cfg=2.0), []
+    system, order = System(refine_guidance=2.0), []
 
     def watch(name, called):
         def watched(*args, **kind):
@@ -326,8 +326,8 @@ def test_a_step_is_in_the_papers_order_with_one_pass_of_the_teacher():
 
 
 def test_every_setting_of_the_method_reaches_its_place():
-    """init_mask, temperature, remask and teacher_cfg, by the inputs of the networks."""
-    system = System(init_mask=0.5, temperature=1e-6, remask=(0.5, 0.6), teacher_cfg=3.0)
+    """init_mask, temperature, remask and refine_guidance, by the inputs of the networks."""
+    system = System(init_mask=0.5, temperature=1e-6, remask=(0.5, 0.6), refine_guidance=3.0)
     system.student, system.teacher = Recorder(system.student), Recorder(system.teacher)
     system.step()
     z_init, = system.student.seen
@@ -336,8 +336,8 @@ def test_every_setting_of_the_method_reaches_its_place():
     likeliest = system.student.net(z_init, system.c).argmax(-1)
     assert torch.equal(system.lift.seen[1], system.vq.E[likeliest])
     z_masked, = system.teacher.seen
-    hidden = (z_masked == K).sum(1)
-    assert len(hidden) == 16 and hidden.min() >= 8 and hidden.max() <= 10
+    masked = (z_masked == K).sum(1)
+    assert len(masked) == 16 and masked.min() >= 8 and masked.max() <= 10
 
 
 @pytest.mark.parametrize("per_class, n, affinity, own_pair", [
@@ -360,8 +360,8 @@ def test_a_random_draft_is_refined_independently_of_the_student():
     refined, drafts = {}, {}
     for draft in ("random", "student"):
         for seed in (2, 3):
-            # with nearly nothing hidden, a refinement nearly equals what is refined
-            system = System(draft=draft, remask=(0.0, 0.01))
+            # with nearly nothing masked, a refinement nearly equals what is refined
+            system = System(draft_source=draft, remask=(0.0, 0.01))
             system.student = tiny(seed).requires_grad_(True)
             loss, logs, _ = system.step()
             gradient, = torch.autograd.grad(loss, system.student.bias)
@@ -494,14 +494,14 @@ def test_a_decoder_in_bfloat16_is_as_near_to_float32_as_autocast_is():
 # ---------------------------------------------------------------- the fixed point of Eq. 3
 class Pair:
     """A teacher of two tokens with distribution p (3, 3). It gives the exact distribution of a
-    hidden token, conditional on the other token, or on nothing if both are hidden."""
+    masked token, conditional on the other token, or on nothing if both are masked."""
     K, L = 3, 2
 
     def __init__(self, p):
         self.p = p
 
     def __call__(self, z, c, *args, **kind):
-        # (K + 1, K): a row for each value of the other token, where 3 is hidden
+        # (K + 1, K): a row for each value of the other token, where 3 is masked
         first = torch.cat([self.p.T, self.p.sum(1)[None]])
         second = torch.cat([self.p, self.p.sum(0)[None]])
         return torch.stack([first[z[:, 1]], second[z[:, 0]]], 1).log()
@@ -512,14 +512,14 @@ JOINT = torch.tensor([[0.30, 0.05, 0.05], [0.05, 0.20, 0.05], [0.02, 0.03, 0.25]
 
 def pairs_after(rounds, remask):
     """How often each pair of tokens occurs after `rounds` of Eq. 3's operator, (9,)."""
-    z, cfg = torch.zeros(4000, 2, dtype=torch.long), train.Config(teacher_cfg=1.0, remask=remask)
+    z, cfg = torch.zeros(4000, 2, dtype=torch.long), train.Config(refine_guidance=1.0, remask=remask)
     z = fpd.fixed_point(Pair(JOINT), z, z[:, 0], cfg, gen(), rounds)
     return torch.bincount(3 * z[:, 0] + z[:, 1], minlength=9)
 
 
 def test_the_chain_of_eq_3_converges_to_a_teachers_distribution_with_exact_conditionals():
-    """With one of the two tokens hidden, each round draws it conditional on the other: this is a
-    Gibbs sampler. All chains start from the same pair. With both hidden, a single pass draws them
+    """With one of the two tokens masked, each round draws it conditional on the other: this is a
+    Gibbs sampler. All chains start from the same pair. With both masked, a single pass draws them
     independently: this error makes distillation necessary."""
     short, long = pairs_after(1, (0.1, 0.5)), pairs_after(40, (0.1, 0.5))
     assert chi_square(long, JOINT.flatten()) < CHI_SQUARE_8 < chi_square(short, JOINT.flatten())

@@ -134,7 +134,7 @@ def test_some_tags_and_excluded_classes(tmp_path):
 def scenes_run(monkeypatch, tmp_path):
     """What evaluate.py loads: tiny networks of the scenes world."""
     torch.manual_seed(0)
-    cfg = types.SimpleNamespace(dataset="scenes", guidance=2.0, confidence_noise=2.0,
+    cfg = types.SimpleNamespace(dataset="scenes", sample_guidance=2.0, confidence_noise=2.0,
                                 init_mask=0.9, temperature=1.0)
     vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
     teacher, student = (MaskGen(K=32, L=16, width=16, depth=1, heads=2).eval() for _ in range(2))

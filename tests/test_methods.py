@@ -39,7 +39,7 @@ def divergence(p, q):
 
 def make_dimo(teacher, auxiliary, **settings):
     """Di[M]O with these two networks; the auxiliary would start as a copy of the teacher."""
-    cfg = train.Config(**dict(method="dimo", teacher_cfg=1.0, lr=0.02) | settings)
+    cfg = train.Config(**dict(method="dimo", refine_guidance=1.0, lr=0.02) | settings)
     method = fpd.DiMO(cfg, types.SimpleNamespace(teacher=auxiliary))
     method.teacher = teacher
     return method
@@ -48,25 +48,25 @@ def make_dimo(teacher, auxiliary, **settings):
 # ---------------------------------------------------------------- Di[M]O
 @pytest.mark.parametrize("agree", [False, True])
 def test_the_students_logits_get_the_gradient_of_the_auxiliarys(agree):
-    """At each hidden position that of KL(p, q), which is q - p, for teacher p and auxiliary q, over
+    """At each masked position that of KL(p, q), which is q - p, for teacher p and auxiliary q, over
     the temperature. It is 0 at visible positions, and where auxiliary and teacher agree."""
     student, teacher = Table(torch.randn(L, K, generator=gen(3))), Recorder(tiny(1))
-    method = make_dimo(teacher, tiny(1 if agree else 2), teacher_cfg=1.0 if agree else 2.0,
+    method = make_dimo(teacher, tiny(1 if agree else 2), refine_guidance=1.0 if agree else 2.0,
                        temperature=0.5)
     method.opt.param_groups[0]["lr"] = 1.0
     before, c = copy.deepcopy(method.auxiliary), labels(6)
     loss, logs = method.step(student, c, 1, gen())
     loss.backward()
     z_masked = teacher.seen[0][:6]
-    hidden = z_masked == K
-    p = fpd.guided_logits(teacher.net, z_masked, c, method.cfg.teacher_cfg)
+    masked = z_masked == K
+    p = fpd.guided_logits(teacher.net, z_masked, c, method.cfg.refine_guidance)
     q = before(z_masked, c).detach()
-    expected = (q.softmax(-1) - p.softmax(-1)) * hidden[..., None] / hidden.sum()
+    expected = (q.softmax(-1) - p.softmax(-1)) * masked[..., None] / masked.sum()
     expected = expected / 0.5
     # --lr of a resumed run, in place of that of the saved state
     assert method.opt.param_groups[0]["lr"] == method.cfg.lr
     torch.testing.assert_close(student.out.grad, expected, atol=1e-7, rtol=1e-4)
-    assert loss.item() == pytest.approx(divergence(p, q)[hidden].mean().item(), abs=1e-6)
+    assert loss.item() == pytest.approx(divergence(p, q)[masked].mean().item(), abs=1e-6)
     assert (student.out.grad.abs().max() < 1e-7) == agree
     assert all(value.ndim == 0 and not value.requires_grad for value in logs.values())
 
@@ -86,7 +86,7 @@ def test_under_autocast_every_weight_of_the_auxiliary_gets_a_gradient():
 def test_the_auxiliary_learns_the_students_distribution_and_the_student_the_teachers():
     """The teacher's tokens are independent here, so a student can have exactly its distribution."""
     target = torch.randn(L, K, generator=gen(4))
-    student, all_hidden = Table(torch.zeros(L, K)), torch.full((CLASSES, L), K)
+    student, all_masked = Table(torch.zeros(L, K)), torch.full((CLASSES, L), K)
     method = make_dimo(Table(target), tiny(2))
     opt = torch.optim.AdamW(student.parameters(), lr=0.015, weight_decay=0.0)
     before = divergence(target, student.logits.detach()).mean()
@@ -99,14 +99,14 @@ def test_the_auxiliary_learns_the_students_distribution_and_the_student_the_teac
         losses.append(loss.item())
     assert divergence(target, student.logits.detach()).mean() < 0.15 * before
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10]), losses
-    auxiliary = method.auxiliary(all_hidden, labels(CLASSES)).detach()
+    auxiliary = method.auxiliary(all_masked, labels(CLASSES)).detach()
     assert divergence(student.logits.detach(), auxiliary).mean() < 0.08
     assert method.trained == dict(auxiliary=method.auxiliary, auxiliary_opt=method.opt)
 
 
 # ---------------------------------------------------------------- SDTT
 def make_sdtt(teacher, steps=8, **settings):
-    cfg = train.Config(method="sdtt", steps=steps, teacher_cfg=3.0, **settings)
+    cfg = train.Config(method="sdtt", steps=steps, refine_guidance=3.0, **settings)
     return fpd.SDTT(cfg, types.SimpleNamespace(teacher=teacher))
 
 
@@ -134,7 +134,7 @@ def test_the_target_is_what_the_teacher_predicted_when_it_revealed_a_position(mo
 
 
 def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch):
-    """16 -> 8 -> 4 -> 2 -> 1, in quarters of the run. The images that are partly hidden are always
+    """16 -> 8 -> 4 -> 2 -> 1, in quarters of the run. The images that are partly masked are always
     samples of the first teacher, and guidance is part of the target in the first round only."""
     calls, sampled, guided_logits = [], [], fpd.guided_logits
 
@@ -158,9 +158,9 @@ def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch)
         method.step(student, labels(64), step, gen(step))
         # this stands for what the student learns in the step
         student.bias[0, 0] = step
-    hidden = {steps: sorted({round(fpd.mask_ratio(torch.tensor(t / steps)).item() * L)
+    masked = {steps: sorted({round(fpd.gamma(torch.tensor(t / steps)).item() * L)
                              for t in range(steps)}) for steps in (8, 4, 2, 1)}
-    expected = [(3, start, hidden[8]), (1, 2, hidden[4]), (1, 4, hidden[2]), (1, 6, hidden[1])]
+    expected = [(3, start, masked[8]), (1, 2, masked[4]), (1, 4, masked[2]), (1, 6, masked[1])]
     # two calls in each step, of which the first has the student's input, and two steps in a round
     assert calls[::4] == calls[2::4] == expected
     assert sampled == [start] * 6

@@ -134,16 +134,16 @@ def test_copies_of_training_images_are_found():
     training, held_out, new = (torch.randn(n, 8, generator=generator) for n in (500, 200, 1000))
     nearly = training + 0.01 * torch.randn(500, 8, generator=generator)
     half = torch.cat([nearly, new[:500]])
-    assert evaluate.copied_share(training, held_out, training) == 1
-    assert evaluate.copied_share(nearly, held_out, training) == 1
-    assert evaluate.copied_share(half, held_out, training) == pytest.approx(0.5, abs=0.05)
-    assert evaluate.copied_share(new, held_out, training) == pytest.approx(0.05, abs=0.03)
+    assert evaluate.memorised_share(training, held_out, training) == 1
+    assert evaluate.memorised_share(nearly, held_out, training) == 1
+    assert evaluate.memorised_share(half, held_out, training) == pytest.approx(0.5, abs=0.05)
+    assert evaluate.memorised_share(new, held_out, training) == pytest.approx(0.05, abs=0.03)
     # A share of the held-out images is stored twice, also among those trained on: the limit is then
     # 0, and the copies' distances are rounding errors
     held_out[:50] = training[:50]
     rounded = (training * (1 + 1e-6)).float()
-    assert evaluate.copied_share(rounded, held_out, training) == 1
-    assert evaluate.copied_share(new, held_out, training) == 0
+    assert evaluate.memorised_share(rounded, held_out, training) == 1
+    assert evaluate.memorised_share(new, held_out, training) == 0
 
 
 # ---------------------------------------------------------------- the Inception network

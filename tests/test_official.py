@@ -90,7 +90,7 @@ def test_sampler_repeats_the_official_trace(name, monkeypatch):
     recorded_tokens, recorded_gumbel = iter(x["sampled_tokens"]), iter(x["gumbel"])
     monkeypatch.setattr(fpd, "draw", lambda *_: next(recorded_tokens))
     monkeypatch.setattr(fpd, "gumbel", lambda *_: next(recorded_gumbel))
-    codes = fpd.sample(model, x["labels"], steps, None, s=1 + config["w"],
+    codes = fpd.sample_maskgit(model, x["labels"], steps, None, s=1 + config["w"],
                        temperature=1 / config["sm_temp"],
                        noise=config["r_temp"]).clamp(max=model.K - 1)
     before = torch.stack([z for z, _ in seen])
@@ -124,7 +124,7 @@ def test_reveal_counts_equal_the_official_schedule():
 def test_the_training_mask_equals_the_official_one():
     """Ratios and counts, in the mode that the teacher was trained in."""
     case, = (case for case in SCHEDULES["get_mask_code"]["cases"] if case["mode"] == "arccos")
-    ratio = fpd.mask_ratio(torch.tensor(case["r"]))
+    ratio = fpd.gamma(torch.tensor(case["r"]))
     np.testing.assert_allclose(ratio, case["val_to_mask"], atol=1e-6)
     z, generator = torch.zeros(len(ratio), 256, dtype=torch.long), torch.Generator().manual_seed(0)
     _, is_masked = fpd.remask(z, ratio, 1024, generator)

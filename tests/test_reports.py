@@ -22,8 +22,8 @@ def run_of(folder, dataset, names):
     """A run as of sample.load_run, in folder/runs/a."""
     torch.manual_seed(0)
     cfg = types.SimpleNamespace(dataset=dataset, smoke=True, data=str(folder / "data"), seed=0,
-                                guidance=2.0, confidence_noise=2.0, init_mask=0.9, temperature=1.0,
-                                remask=(0.1, 0.9), teacher_cfg=2.0)
+                                sample_guidance=2.0, confidence_noise=2.0, init_mask=0.9, temperature=1.0,
+                                remask=(0.1, 0.9), refine_guidance=2.0)
     sizes = dict(K=32, L=16, width=16, depth=1, heads=2)
     vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
     if dataset == "scenes":
@@ -46,7 +46,7 @@ def load(monkeypatch, tmp_path):
     """-> function: makes the run that evaluate.py then loads, and returns it."""
     def load(dataset, names):
         run = run_of(tmp_path, dataset, names)
-        run.images = tokenizer.images_stamp(run.cfg)
+        run.images = tokenizer.fingerprint(run.cfg)
         monkeypatch.setattr(evaluate, "load_models", lambda args, device: run)
         return run
     return load
@@ -77,17 +77,17 @@ def test_the_table_of_a_small_world(dataset, tmp_path, load, monkeypatch):
     starts, sheets, original = [], [], evaluate.draw_fixed_point
     monkeypatch.setattr(evaluate, "draw_fixed_point",
                         lambda run, z, *args: starts.append(z) or original(run, z, *args))
-    monkeypatch.setattr(evaluate, "sheet", lambda *args: sheets.append(args) or sample.sheet(*args))
+    monkeypatch.setattr(evaluate, "image_grid", lambda *args: sheets.append(args) or sample.image_grid(*args))
     done = in_process("evaluate.py --images 48 --steps 2 4", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     content = read_report(tmp_path / "runs/a/report.json")
-    assert row_names(content) == [("real", None), ("round trip", None), ("teacher", 4),
+    assert row_names(content) == [("real", None), ("reconstruction", None), ("teacher", 4),
                                   ("teacher", 2), ("fixed point", None), ("student", 1)]
     for row, line in zip(content["rows"], done.stdout.splitlines()[-6:], strict=True):
         assert f"{row['overall' if dataset == 'scenes' else 'fd']:.2f}" in line.split()
         assert (row["ms_per_image"] is not None) == (row["model"] in ("teacher", "student"))
     assert [title.split("  ")[0].strip() for title, _ in sheets[0][0]] == [
-        "real", "round trip", "teacher 4", "teacher 2", "fixed point", "student 1"]
+        "real", "reconstruction", "teacher 4", "teacher 2", "fixed point", "student 1"]
     assert (tmp_path / "runs/a/report.png").is_file()
     protocol = content["protocol"]
     assert protocol["images"] == 48 and protocol["seed"] == 0 and protocol["init_mask"] == 0.9
@@ -123,7 +123,7 @@ def test_the_spread_is_measured_within_each_class():
 def test_real_images_are_compared_with_others_of_all_classes(tmp_path, load, monkeypatch):
     """40 test images of a folder for rows of 48: one half against the other, of every class in
     both, and it is said that these are few. All other rows are compared with all of them. The
-    column "copies" takes held-out images after a round trip as its measure."""
+    column "memorised" takes held-out images after a round trip as its measure."""
     names = [f"class {label:02d}" for label in range(10)]
     for label, name in enumerate(names):
         save_images(tmp_path / "data" / name, torch.full((40,), label), label)
@@ -143,9 +143,9 @@ def test_real_images_are_compared_with_others_of_all_classes(tmp_path, load, mon
     assert len(reference) == 40 and label.bincount().tolist() == [5] * 8 + [4] * 2
     rows = read_report(tmp_path / "runs/a/report.json")["rows"]
     assert f"even that of 20 real ones against the 20 others is {rows[0]['fd']:.2f}" in done.stdout
-    assert rows[0]["fd"] > 0 and "copies" in done.stdout
-    assert all(0 <= row["copies"] <= 1 for row in rows)
-    assert rows[1]["model"] == "round trip" and rows[1]["copies"] == pytest.approx(0.05, abs=0.03)
+    assert rows[0]["fd"] > 0 and "memorised" in done.stdout
+    assert all(0 <= row["memorised"] <= 1 for row in rows)
+    assert rows[1]["model"] == "reconstruction" and rows[1]["memorised"] == pytest.approx(0.05, abs=0.03)
     # in another place they are the same images; with one more, the test could have some that the
     # run was trained on
     (tmp_path / "data").rename(tmp_path / "pictures")

@@ -24,7 +24,7 @@ def test_without_a_prompt_the_captions_of_the_sheets_are_drawn():
     assert what == "the captions of its sheets"
     c, _ = sample.conditions(run, None, "a cross", 2)
     assert torch.equal(c, run.text.encode(["a cross", "a cross"]))
-    c, captions = sample.sheet_conditions(run)
+    c, captions = sample.grid_conditions(run)
     assert torch.equal(c, run.text.encode(captions)) and captions == run.names
 
 

@@ -97,7 +97,7 @@ def test_a_part_is_trained_once_and_again_for_other_settings_code_or_images(tmp_
     data = tmp_path / "data"
     data.mkdir()
     stamps = ["as it was"]
-    monkeypatch.setattr(tokenizer, "images_stamp", lambda cfg, times:
+    monkeypatch.setattr(tokenizer, "fingerprint", lambda cfg, times:
                         stamps[-1] if cfg.dataset == "folder" else "")
 
     def files(cfg=train.Config(), training=fill_with_ones, before="", args=dict(width=8)):
@@ -183,7 +183,7 @@ def test_the_teachers_passes_are_counted(method, passes, smoke_runs, monkeypatch
             rows.append(len(z))
         return forward(self, z, labels, drop)
     monkeypatch.setattr(models.MaskGIT, "forward", counted)
-    monkeypatch.setattr(train, "sample_sheet", lambda *args: None)
+    monkeypatch.setattr(train, "sample_grid", lambda *args: None)
     run.saved = {}
     train.distil(cfg, run, folder_of(folder, method), "cpu")
     assert train.teacher_passes(cfg) == round(passes * cfg.steps) == sum(rows) / cfg.batch
@@ -206,7 +206,7 @@ def ablations(smoke_runs, tmp_path_factory):
     folder = own_copy(tmp_path_factory, smoke_runs("shapes"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ABLATIONS", train.ABLATIONS[:2])
-        patch.setattr(train, "sample_sheet", lambda *args: None)
+        patch.setattr(train, "sample_grid", lambda *args: None)
         patch.setattr(evaluate, "score", two_steps)
         done = in_process("train.py --smoke --ablations 2 --steps 1", folder)
     assert done.returncode == 0, done.stderr[-2000:]
