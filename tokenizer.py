@@ -14,6 +14,7 @@ This file imports none of our files. It also has the one reader of pretrained we
     B images in the batch   L tokens per image, VQGAN's as P x P   K codes   d their width
 """
 import functools
+import hashlib
 import math
 import os
 import pickle
@@ -265,10 +266,13 @@ def read_image(path, size=None):
 
 
 def image_files(folder):
-    """All images at any depth -> sorted list of paths. Names that begin with a dot are left out, of
-    files and of folders: ._x.png, .ipynb_checkpoints/x.png."""
-    paths = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
-             for name in names]
+    """All images in a folder, at any depth -> sorted list of paths.
+
+    Names that begin with a dot are left out, of files and of folders: ._x.png, .ipynb_checkpoints.
+    The folder itself may be a link. Links to folders below it are not followed, because one that
+    leads back up would list every image many times.
+    """
+    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
               and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not images:
@@ -276,87 +280,94 @@ def image_files(folder):
     return sorted(images)
 
 
-def folder_classes(data):
-    """The user's own images -> dict: name of a subfolder of data -> its images, both sorted; runs/,
-    where train.py writes, is no class. ValueError for a class without training or test images."""
-    classes = {place.name: image_files(place) for place in sorted(Path(data).iterdir())
-               if place.is_dir() and not place.name.startswith(".") and place.name != "runs"}
+@functools.cache
+def folder(data, size=32):
+    """The user's own images: each subfolder of `data` is a class.
+
+    The folder is read once in a process, and everything uses what was read then: a change that is
+    made while a network trains has no effect. Do not write into the result.
+    returns   images (N, 3, size, size) uint8, the centre square of each; labels (N,) long; the
+              names of the classes; a fingerprint, the SHA-256 of images, labels and names
+    ValueError for a class with fewer than 3 images: one to train on, two for the test
+    """
+    # The folder runs/ in which this command writes may lie beside the classes.
+    places = [place for place in sorted(Path(data).iterdir()) if place.is_dir()
+              and not place.name.startswith(".") and place.resolve() != Path("runs").resolve()]
+    classes = {place.name: image_files(place) for place in places}
     counts = {name: len(files) for name, files in classes.items()}
-    if len(counts) < 2 or min(counts.values()) < 2:
+    if len(counts) < 2 or min(counts.values()) < 3:
         raise ValueError(f"--data {data} should have at least 2 subfolders, one for each class, of "
-                         f"at least 2 images, one to train on and one for the test; has {counts}")
-    return classes
-
-
-def fingerprint(cfg, times=False):
-    """A line with name and size of each image of a folder; "" for the other data sets. It tells
-    other images, and with their times also those that were changed in place."""
-    if cfg.dataset != "folder":
-        return ""
-    files = sum(folder_classes(cfg.data).values(), [])
-    facts = [(path.relative_to(cfg.data).as_posix(), path.stat()) for path in files]
-    return "\n".join(f"{name} {fact.st_size} {fact.st_mtime_ns if times else ''}"
-                     for name, fact in facts)
-
-
-@functools.lru_cache(maxsize=1)
-def folder(data, stamp, size=32):
-    """The images of `folder_classes`, read once in a process and again if their stamp is another:
-    do not write into them. -> images (N, 3, size, size) uint8, labels (N,) long, names"""
-    classes = folder_classes(data)
-    labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    n, total = len(labels), sum(len(names) for _, _, names in os.walk(data, followlinks=True))
-    print(f"{data}: the centre squares of {n} images in {len(classes)} classes, scaled to "
-          f"{size} x {size} pixels; {total - n} other files left out")
+                         f"at least 3 images, one to train on and two for the test; has {counts}")
+    names, n = list(classes), sum(counts.values())
+    others = sum(len(found) for place in places for _, _, found in os.walk(place)) - n
+    print(f"{data}: {n} images in {len(names)} classes ({', '.join(names[:8])}"
+          f"{', ...' if len(names) > 8 else ''}), of each the centre square at {size} x {size} "
+          f"pixels; {others} other files left out")
     bar = tqdm(sum(classes.values(), []), "reading images", leave=False)
     images = torch.stack([read_image(path, size) for path in bar])
-    return images, torch.tensor(labels), list(classes)
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(list(counts.values())))
+    digest = hashlib.sha256(images.numpy().tobytes() + repr((counts, size)).encode())
+    return images, labels, names, digest.hexdigest()
+
+
+def fingerprint(cfg):
+    """A text that differs for other images: of a folder its fingerprint, and "" for the other data
+    sets, whose images are drawn by this file or are not needed."""
+    return folder(cfg.data)[3] if cfg.dataset == "folder" else ""
 
 
 def split_folder(labels):
     """Which images of a folder are trained on, and which are kept for the test.
 
-    Of n images of a class the test has n / 10, but at least one, evenly spaced over the class. It
-    is ordered such that in every stretch the classes have about the same shares as in the whole.
-    labels (N,) long   returns train, test: indices (long)
+    Of the n images of a class, n / 10 but at least 2, evenly spaced, are kept. One half of them is
+    the reference of every score; the other half stands for what a perfect model would draw.
+    labels (N,) long   returns dict of indices (long): "train", "test" (the reference), "real"
     """
     generator = torch.Generator().manual_seed(0)
-    train, test, keys = [], [], []
+    train, test, real = [], [], []
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
-        n, m = len(own), max(1, len(own) // 10)
+        n, m = len(own), max(2, len(own) // 10)
         kept = ((torch.arange(m) + 0.5) * n / m).long()                           # (m,) of 0..n-1
         train.append(own[~torch.isin(torch.arange(n), kept)])
-        # File names are often in the order of time, so that the images of a class are shuffled.
-        test.append(own[kept[torch.randperm(m, generator=generator)]])
-        # Sorted by these keys, the m images of each class are spread evenly over the whole test.
-        keys.append((torch.arange(m) + 0.5) / m)
-    order = torch.cat(keys).argsort(stable=True)
-    return torch.cat(train), torch.cat(test)[order]
+        # Shuffled, because file names are often in the order of time.
+        kept = own[kept[torch.randperm(m, generator=generator)]]
+        test.append(kept[m // 2:])
+        real.append(kept[:m // 2])
+    return dict(train=torch.cat(train), test=interleaved(test), real=interleaved(real))
 
 
-# -------------------------------------------------------------------- images: any world
+def interleaved(groups):
+    """The indices of several classes, list of (m,) -> (M,), ordered such that in every stretch the
+    classes have about the same shares as in the whole."""
+    # Sorted by these keys, the m indices of a class are spread evenly over the whole.
+    keys = torch.cat([(torch.arange(len(group)) + 0.5) / len(group) for group in groups])
+    return torch.cat(groups)[keys.argsort(stable=True)]
+
+
+# -------------------------------------------------------------------- images: any small world
 def world(cfg, split):
-    """The real images of cfg.dataset: "shapes", "scenes", or "folder" in cfg.data.
+    """The images of one of our own data sets, a "small world": cfg.dataset is "shapes", "scenes",
+    or "folder", which lies in cfg.data.
 
-    split     "train" | "phi" | "judge" | "test": of shapes and scenes, each has a seed of its own;
-              of a folder, see `split_folder`, and "phi" and "judge" are "train"
+    split     "train"; "phi" and "judge", for the two classifiers; "test", the reference of every
+              score; "real", images that are scored like a model's. In shapes and scenes each has a
+              seed of its own; of a folder see `split_folder`, and "phi" and "judge" are "train"
     returns   images (N, 3, 32, 32) uint8, conditions, names. The conditions are labels (N,); for
               scenes, a list of N captions, and the names are two captions of each kind
     """
     if cfg.dataset == "folder":
-        images, labels, names = folder(cfg.data, fingerprint(cfg, times=True))
-        train, test = split_folder(labels)
-        chosen = test if split == "test" else train
+        images, labels, names, _ = folder(cfg.data)
+        chosen = split_folder(labels)["train" if split in ("phi", "judge") else split]
         return images[chosen], labels[chosen], names
-    seed = {"train": 0, "phi": 1, "judge": 2, "test": 3}[split]
-    n = 2400 if split == "test" else 12_000
-    if cfg.smoke:
-        n = 480
+    seed = {"train": 0, "phi": 1, "judge": 2, "test": 3, "real": 4}[split]
+    n = 480 if cfg.smoke else dict(test=2400, real=960).get(split, 12_000)
     if cfg.dataset == "scenes":
         captions = scene_captions(n, seed)
         # The names do not depend on the split: they are the first captions of the test.
         return scenes(captions, seed), captions, scene_captions(12, seed=3)
+    if cfg.dataset != "shapes":
+        raise ValueError(f"{cfg.dataset} has no images of ours")
     labels = torch.arange(n) % len(shapes_names())
     return shapes(labels, seed), labels, shapes_names()
 
