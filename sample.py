@@ -6,11 +6,13 @@ the teacher in T.
     python sample.py --class 207 --teacher --steps 16   the teacher of the run
     python sample.py --dataset imagenet --class 207     the public teacher, no run needed
 
-Image i depends on the seed and on i alone, not on the batch size: every image has its own random
-generator. train.py draws its sheets and evaluate.py its thousands of images with these functions.
+Every image has its own random generator, so that image i depends on the seed and on i alone, not on
+the batch size. train.py draws its grids of images with these functions, and evaluate.py the images
+that it scores.
 """
 import argparse
 import copy
+import dataclasses
 import math
 import sys
 import textwrap
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 import fpd
@@ -29,18 +32,36 @@ from models import (OFFICIAL, PROMPTS, PUBLIC, WEIGHTS, Backbone, ConvNet, MaskG
                     TextEncoder, Words, find_weights, imagenet_names)
 from tokenizer import VQGAN, TATiTok, to_uint8
 
-# The student of the README's first run, for those who have no run yet
+# The student of the README's first run, for those who have no run yet.
 STUDENT = Path(__file__).resolve().parent / "tests" / "student.pt"
-# The classes of the networks that a checkpoint can hold
-PARTS = {cls.__name__: cls for cls in (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone, Words,
-                                       TextEncoder)}
+# The classes of the networks that a checkpoint can hold.
+NETWORKS = {cls.__name__: cls for cls in (VQGAN, TATiTok, MaskGIT, MaskGen, ConvNet, Backbone,
+                                          Words, TextEncoder)}
 
 
 # ---------------------------------------------------------------- networks and runs from disk
-def load_part(part, device):
+@dataclasses.dataclass
+class Networks:
+    """The networks of a run, frozen, and what belongs to them. None: it does not have this one."""
+    tokenizer: nn.Module = None
+    teacher: nn.Module = None         # not in student.pt
+    student: nn.Module = None         # the mean of its weights (EMA)
+    phi: nn.Module = None             # not among the public networks
+    judge: nn.Module = None           # the evaluation classifier; of classes of a small world
+    text: nn.Module = None            # the text encoder; None means that the conditions are labels
+    names: list = None                # of the classes; with captions, those of the example grids
+    captions: list = None             # to train with
+    cfg: object = None                # the settings of the run, as of train.Config
+    step: int = None                  # how many steps the student was trained
+    path: Path = None                 # the checkpoint file
+    images: str = ""                  # tokenizer.fingerprint of the images it was trained on
+    saved: dict = dataclasses.field(default_factory=dict)    # network -> dict as of load_network
+
+
+def load_network(saved, device):
     """dict(cls=name of its class, args=, state=), as train.py saves it -> the network, frozen."""
-    network = PARTS[part["cls"]](**part["args"])
-    network.load_state_dict(part["state"])
+    network = NETWORKS[saved["cls"]](**saved["args"])
+    network.load_state_dict(saved["state"])
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -50,33 +71,31 @@ def set_text(text, model):
         model.empty.copy_(text.encode([""])[0, :len(model.empty)])
 
 
-def load_parts(parts, device):
-    """{part: dict as of load_part} -> namespace of the networks, None where there is none."""
-    networks = {name: load_part(part, device) for name, part in parts.items()}
-    run = types.SimpleNamespace(**dict(text=None, judge=None, teacher=None) | networks)
-    set_text(run.text, run.teacher or run.student)
-    return run
+def load_networks(saved, device):
+    """{field of Networks: dict as of load_network} -> Networks."""
+    networks = {name: load_network(part, device) for name, part in saved.items()}
+    nets = Networks(saved=saved, **networks)
+    set_text(nets.text, nets.teacher or nets.student)
+    return nets
 
 
 def load_official(dataset, folder, device):
-    """The public networks, from a folder of their files or from the hub.
-
-    -> namespace of tokenizer, teacher, text (None for imagenet), names; phi and judge are None
-    """
-    networks = dict(text=None, phi=None, judge=None)
+    """The public networks, from a folder of their files or from the hub -> Networks."""
+    networks = {}
     for part, (repo, file, load) in OFFICIAL[dataset].items():
         name = Path(file).name
         if name.endswith(".safetensors"):
-            # the hub's repositories all call that file alike
+            # The hub's repositories all give that file the same name.
             name = f"{repo.split('/')[1]}.safetensors"
         path = find_weights(folder, name, repo, file)
         print(f"loading {part} from {path}", flush=True)
         networks[part] = load(path).to(device)
-    # no image is encoded, which saves 0.8 GB of TA-TiTok
-    networks["tokenizer"].encoder = None
-    set_text(networks["text"], networks["teacher"])
     names = imagenet_names() if dataset == "imagenet" else PROMPTS
-    return types.SimpleNamespace(**networks, names=names)
+    nets = Networks(names=names, **networks)
+    # No image is encoded. This saves 0.8 GB of TA-TiTok.
+    nets.tokenizer.encoder = None
+    set_text(nets.text, nets.teacher)
+    return nets
 
 
 def newest_run(default=None):
@@ -88,64 +107,56 @@ def newest_run(default=None):
 
 
 def load_run(path, device, weights=None):
-    """A run's folder, its checkpoint or its student.pt -> namespace of networks and settings.
+    """A run's folder, its checkpoint or its student.pt -> Networks.
 
-    cfg, step    settings; how many steps the student was trained
-    path         the checkpoint file, from which all of it comes, but for official networks
-    names        of the classes; of a run with captions, those of its sheets
-    images       the fingerprint of what it was trained on
-    tokenizer, teacher, phi, judge, text    networks; student.pt has only the first and the last,
-                 and there the teacher is None
-    student      the mean of its weights (EMA)
-    weights      the folder of official files; None: the one that the run was trained with
+    weights   the folder of official files; None: the one that the run was trained with
     """
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     cfg = types.SimpleNamespace(**saved["config"])
     if saved["parts"]:
-        run = load_parts(saved["parts"], device)
+        nets = load_networks(saved["parts"], device)
     else:
-        run = load_official(cfg.dataset, weights or cfg.weights, device)
-    run.cfg, run.step, run.path, run.names = cfg, saved["step"], path, saved["names"]
-    run.images = saved["images"]
-    if run.teacher is not None:
-        run.student = copy.deepcopy(run.teacher)
-        run.student.load_state_dict(saved["ema"])
-    return run
+        nets = load_official(cfg.dataset, weights or cfg.weights, device)
+    nets.cfg, nets.step, nets.path = cfg, saved["step"], path
+    nets.names, nets.images = saved["names"], saved["images"]
+    if nets.teacher is not None:
+        nets.student = copy.deepcopy(nets.teacher)
+        nets.student.load_state_dict(saved["ema"])
+    return nets
 
 
-def model_arguments(parser):
+def network_arguments(parser):
     """The flags that say which networks; shared with evaluate.py."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--run", help="runs/<name>, or the file of a checkpoint; by default the "
-                        "newest run; sample.py: or else tests/student.pt")
-    source.add_argument("--dataset", choices=list(OFFICIAL), help="in place of a run: the public "
-                        "teacher")
-    parser.add_argument("--weights", metavar="DIR", help="folder of official files; by default the "
-                        f"run's own, or {WEIGHTS}/. What is not there comes from the hub")
+    source.add_argument("--run", help="runs/<name>, or the file of a checkpoint (default: the "
+                        "newest run; sample.py: or else tests/student.pt)")
+    source.add_argument("--dataset", choices=list(OFFICIAL), help="the public teacher of this data "
+                        "set, in place of a run")
+    parser.add_argument("--weights", metavar="DIR", help="folder of official files (default: that "
+                        f"of the run, or {WEIGHTS}/); files that are not there come from the hub")
 
 
-def load_models(args, device, default=None):
-    """What `model_arguments` say, else the newest run, else the file `default` -> namespace as of
-    load_run; with --dataset its student, step and path are None."""
+def chosen_networks(args, device, default=None):
+    """What the flags of `network_arguments` say, else the newest run, else the file `default`
+    -> Networks; with --dataset it has no student, step and path."""
     if args.dataset:
         print(f"no run: the public networks of {args.dataset}")
-        run = load_official(args.dataset, args.weights or WEIGHTS, device)
-        run.cfg = types.SimpleNamespace(**PUBLIC[args.dataset], dataset=args.dataset, smoke=False)
-        run.student = run.step = run.path = None
-        return run
-    path = args.run or newest_run(default)
-    run = load_run(path, device, args.weights)
-    print(f"run {path}: {run.cfg.dataset}, {run.step} steps")
-    return run
+        nets = load_official(args.dataset, args.weights or WEIGHTS, device)
+        nets.cfg = types.SimpleNamespace(**PUBLIC[args.dataset], dataset=args.dataset, smoke=False)
+        return nets
+    nets = load_run(args.run or newest_run(default), device, args.weights)
+    print(f"run {nets.path}: {nets.cfg.dataset}, {nets.step} steps")
+    return nets
 
 
 # ---------------------------------------------------------------- images
-@torch.no_grad()
-def draw_tokens(model, c, generator, cfg, steps):
-    """The student's draft (steps = 0) or the teacher's sample in `steps` steps. c: condition of B
-    images -> z (B, L)"""
-    if steps == 0:
+def draw_tokens(model, c, generator, cfg, steps=None):
+    """The teacher's sample in `steps` steps, or, where steps is None, the student's draft.
+
+    c: the condition of B images -> z (B, L)
+    """
+    if steps is None:
         return fpd.one_step(model, c, cfg.init_mask, generator, cfg.temperature)
     return fpd.sample_teacher(model, c, steps, generator, cfg.sample_guidance, cfg.confidence_noise)
 
@@ -156,10 +167,10 @@ def decode(tokenizer, z, c):
     return to_uint8(tokenizer.decode(tokenizer.E[z], c)).cpu()
 
 
-def batches(model, tokenizer, c, cfg, steps, seed=0, batch=60, progress=None):
+def batches(model, tokenizer, c, cfg, steps=None, seed=0, batch=60, progress=None):
     """Images for the conditions c (N, ...), one batch after the other.
 
-    steps       of the teacher; 0: the student's single pass
+    steps       of the teacher; None: the student's single pass
     progress    title of the progress bar, or None for no bar
     yields      z (B, L), images (B, 3, H, W) uint8 on the CPU, and the seconds that both took
     """
@@ -179,34 +190,35 @@ def generate(*args, **kwargs):
     return torch.cat([images for _, images, _ in batches(*args, **kwargs)])
 
 
-# ---------------------------------------------------------------- sheets
-def grid_conditions(run):
-    """The conditions of every sheet, always the same. -> c (n, ...), n captions
+# ---------------------------------------------------------------- grids of images
+def grid_conditions(nets):
+    """The conditions of every example grid, always the same -> c (n, ...), n captions.
 
-    Of captions: all that the run keeps. Of classes: each once, or 12 that are spread over all.
+    With captions they are all that the run keeps. Of classes, each occurs once, or 12 of them do.
     """
-    if run.text is not None:
-        return run.text.encode(run.names), run.names
-    n_classes = len(run.names)
+    if nets.text is not None:
+        return nets.text.encode(nets.names), nets.names
+    n_classes = len(nets.names)
     n = min(12, n_classes)
     c = torch.arange(n) * n_classes // n
     if n_classes >= 24:
-        # every other pair is moved by one, so that all shapes of the shapes world occur
+        # In the order of the shapes world each class is 0 or 2 modulo 4, a circle or a triangle.
+        # Moving every other pair by one brings in the squares and the crosses.
         c = c + torch.arange(n) // 2 % 2
     if n_classes == 1000:
         # ImageNet's classes that papers show: golden retriever, otter, lesser panda, geyser, ...
         c = torch.tensor([207, 360, 387, 974, 88, 979, 417, 279])
-    return c, [run.names[i] for i in c]
+    return c, [nets.names[i] for i in c]
 
 
 def image_grid(rows, captions):
-    """A labelled grid of images. -> PIL image
+    """A labelled grid of images -> PIL image.
 
     rows        [(title, images (n, 3, H, W) uint8), ...]
     captions    n strings above the columns
     """
     n, _, H, W = rows[0][1].shape
-    # small worlds are shown enlarged
+    # Small images are shown enlarged.
     zoom = max(1, 96 // W)
     w, h = W * zoom + 2, H * zoom + 2
     left = 8 + 7 * max(len(title) for title, _ in rows)
@@ -226,25 +238,28 @@ def image_grid(rows, captions):
     return picture
 
 
-def step_grid(parts, student, cfg):
-    """What fpd.fpd_step does to six drafts. -> PIL image with these rows: the drafts (Eq. 4); in
-    white what r = 0.5 masks of them, but for TA-TiTok, whose tokens have no place; what the teacher
-    makes of the rest (Eq. 5); the same for r = 0.85."""
-    c, captions = grid_conditions(parts)
-    c = c[:6].to(parts.tokenizer.E.device)
+def step_grid(nets, student, cfg):
+    """What fpd.fpd_step does to six drafts -> PIL image.
+
+    Its rows: the drafts (Eq. 4); the same with the positions white that are masked at r = 0.5 (not
+    for TA-TiTok, whose tokens have no place in the image); what the teacher makes of the rest
+    (Eq. 5); the last two again for r = 0.85.
+    """
+    c, captions = grid_conditions(nets)
+    c = c[:6].to(nets.tokenizer.E.device)
     generators = fpd.generators(cfg.seed, 0, len(c), c.device)
-    z_hat = draw_tokens(student, c, generators, cfg, 0)                         # (n, L)
-    drafts = decode(parts.tokenizer, z_hat, c)                                  # (n, 3, H, W)
+    z_hat = draw_tokens(student, c, generators, cfg)                            # (n, L)
+    drafts = decode(nets.tokenizer, z_hat, c)                                   # (n, 3, H, W)
     rows = [("draft", drafts)]
     for r in (0.5, 0.85):
         z_masked, is_masked = fpd.remask(z_hat, torch.full((len(c),), r), student.K, generators)
-        if not isinstance(parts.tokenizer, TATiTok):
+        if not isinstance(nets.tokenizer, TATiTok):
             P = math.isqrt(student.L)
             squares = is_masked.view(-1, 1, P, P).float().cpu()
             squares = F.interpolate(squares, drafts.shape[2:]).bool()           # (n, 1, H, W)
             rows.append((f"masked, r = {r}", drafts.masked_fill(squares, 255)))
-        z_ref = fpd.refine(parts.teacher, z_masked, c, cfg.refine_guidance, generators)
-        rows.append((f"refined, r = {r}", decode(parts.tokenizer, z_ref, c)))
+        z_ref = fpd.refine(nets.teacher, z_masked, c, cfg.refine_guidance, generators)
+        rows.append((f"refined, r = {r}", decode(nets.tokenizer, z_ref, c)))
     return image_grid(rows, captions[:6])
 
 
@@ -252,7 +267,7 @@ def step_grid(parts, student, cfg):
 def class_index(text, names):
     """"207" or "red circle" -> label. Names go first: folders are often called 1, 2 or 01, 02."""
     def plain(name):
-        # without the zeros of 01; letters with accents are one character or two, by the system
+        # Zeros in front do not count (01). Letters with accents have two spellings in Unicode.
         return unicodedata.normalize("NFC", name).lstrip("0")
 
     found = [name for name in names if plain(name) == plain(text)]
@@ -262,30 +277,32 @@ def class_index(text, names):
         return int(text)
     alike = [name for name in names if text in name] or names
     some = ", ".join(alike[:6]) + (", ..." if len(alike) > 6 else "")
-    raise ValueError(f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or "
-                     f"a name ({some})")
+    raise ValueError(
+        f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or a name "
+        f"({some}). ImageNet's 1,000 classes: sample.py --dataset imagenet --class 207 (the public "
+        "teacher, downloads 3 GB), or a run of train.py --dataset imagenet")
 
 
-def conditions(run, label, prompt, n):
-    """What --class or --prompt asks for, n times, or all that the run knows in turn. -> c (n, ...),
-    what to call it"""
-    if label is not None and run.text is not None:
+def conditions(nets, label, prompt, n):
+    """The condition that --class or --prompt names, n times; without them, all that the run knows
+    in turn. -> c (n, ...), how to call it"""
+    if label is not None and nets.text is not None:
         raise ValueError("this run draws captions: use --prompt")
-    if prompt is not None and run.text is None:
+    if prompt is not None and nets.text is None:
         raise ValueError("this run draws classes: use --class")
     if prompt is not None:
-        return run.text.encode([prompt] * n), repr(prompt)
-    if run.text is not None:
-        captions = [run.names[i % len(run.names)] for i in range(n)]
-        return run.text.encode(captions), "the captions of its sheets"
+        return nets.text.encode([prompt] * n), repr(prompt)
+    if nets.text is not None:
+        captions = [nets.names[i % len(nets.names)] for i in range(n)]
+        return nets.text.encode(captions), "the captions of its example grids"
     if label is not None:
-        index = class_index(label, run.names)
-        return torch.full((n,), index), run.names[index]
-    return torch.arange(n) % len(run.names), "all classes"
+        index = class_index(label, nets.names)
+        return torch.full((n,), index), nets.names[index]
+    return torch.arange(n) % len(nets.names), "all classes"
 
 
 def run_command(main):
-    """Run a command line: what a user can mend ends in one line, Ctrl-C in code 130."""
+    """Run a command. Expected errors are printed without a traceback; Ctrl-C ends with code 130."""
     try:
         main()
     except torch.OutOfMemoryError:
@@ -304,19 +321,19 @@ def parse():
         allow_abbrev=False)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--class", dest="label",
-                        help="class number or name; without it, all classes in turn")
-    wanted.add_argument("--prompt", help="what to draw, for a run with captions; without it, the "
-                        "captions of its sheets in turn")
-    parser.add_argument("--n", type=int, default=16, help="how many images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sample.png")
+                        help="class number or name (default: all classes in turn)")
+    wanted.add_argument("--prompt", help="what to draw, for a run with captions (default: the "
+                        "captions of its example grids in turn)")
+    parser.add_argument("--n", type=int, default=16, help="how many images (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
+    parser.add_argument("--out", default="sample.png", help="PNG file (default: sample.png)")
     parser.add_argument("--teacher", action="store_true",
-                        help="the multi-step teacher in place of the student")
-    parser.add_argument("--steps", type=int, help="the teacher's steps, 16 by default")
-    model_arguments(parser)
+                        help="the teacher in many steps, in place of the student in one")
+    parser.add_argument("--steps", type=int, help="steps of the teacher (default: 16)")
+    network_arguments(parser)
     args = parser.parse_args()
     if not args.out.endswith(".png"):
-        # others hold no large grids, which would be found out after the drawing
+        # Other formats hold no large grids, which would be found out after the drawing.
         parser.error("--out should end in .png")
     if args.steps is not None and (args.steps < 1 or not (args.teacher or args.dataset)):
         parser.error("--steps is 1 or more, and goes with --teacher: a student takes one step")
@@ -324,18 +341,23 @@ def parse():
 
 
 def main():
+    # Read the networks.
     args = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = load_models(args, device, STUDENT)
-    model, steps, who = run.student, 0, "student, 1 step"
+    nets = chosen_networks(args, device, STUDENT)
+    model, steps, who = nets.student, None, "student, 1 step"
     if args.teacher or model is None:
-        steps = 16 if args.steps is None else args.steps
-        model, who = run.teacher, f"teacher, {steps} steps"
+        steps = args.steps or 16
+        model, who = nets.teacher, f"teacher, {steps} steps"
     if model is None:
-        raise ValueError(f"{run.path} holds a student alone")
-    c, what = conditions(run, args.label, args.prompt, args.n)
-    images = generate(model, run.tokenizer, c, run.cfg, steps, args.seed, batch=16,
+        raise ValueError(f"{nets.path} holds a student alone")
+
+    # Draw the images.
+    c, what = conditions(nets, args.label, args.prompt, args.n)
+    images = generate(model, nets.tokenizer, c, nets.cfg, steps, args.seed, batch=16,
                       progress="sample")
+
+    # Save the grid.
     columns = min(8, args.n)
     rows = [("", images[i:i + columns]) for i in range(0, args.n, columns)]
     image_grid(rows, [""] * columns).save(args.out)
