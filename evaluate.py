@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, WEIGHTS, load_inception
-from sample import (OFFICIAL, batches, decode, draw_tokens, generate, load_models, model_arguments,
-                    run_command, image_grid, grid_conditions)
-from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, image_files, fingerprint, paint,
+from sample import (OFFICIAL, batches, chosen_networks, decode, draw_tokens, generate,
+                    grid_conditions, image_grid, network_arguments, run_command)
+from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, fingerprint, image_files, paint,
                        parse_caption, read_image, to_float, world)
 
 # Rounds of Eq. 3's operator in the row "fixed point"
@@ -279,39 +280,34 @@ def scene_scores(images, captions):
 
 
 # ---------------------------------------------------------------- reports
-def protocol_of(run, **more):
-    """What a score depends on, to be kept beside it. run: None for images of a folder. -> dict"""
+def protocol_of(nets, **more):
+    """What a score depends on, to be kept beside it. nets: None for images of a folder. -> dict"""
     protocol = dict(dataset="folder", torch=torch.__version__, numpy=np.__version__) | more
-    if run is not None:
+    if nets is not None:
         for key in ("dataset", "smoke", "data", "sample_guidance", "confidence_noise", "init_mask",
                     "temperature", "remask", "refine_guidance"):
-            protocol[key] = getattr(run.cfg, key, None)
-        # the last two parts of the path stay when the folder of all runs is moved
-        protocol["run"] = run.path and "/".join(run.path.resolve().parts[-2:])
-    return json.loads(json.dumps(protocol))
+            protocol[key] = getattr(nets.cfg, key, None)
+        # The last two parts of the path stay the same when the folder of all runs is moved.
+        protocol["run"] = nets.path and "/".join(nets.path.resolve().parts[-2:])
+    return protocol
 
 
 def write_report(folder, protocol, rows, table, pictures, captions):
-    """Print the table; write report.json and, with pictures, report.png.
+    """Print the table, add a line to report.jsonl and, with pictures, draw report.png.
 
-    protocol   dict; a report of another protocol stays, and this one is report-2.json, ...
-    table      content of report.json, which is returned -> text;  pictures: rows of an `image_grid`
+    Every evaluation adds its own line, which holds its protocol. Nothing is read back.
+    table      dict(protocol=, rows=) -> text;   pictures   rows of an `image_grid`
     """
-    content = json.loads(json.dumps(dict(protocol=protocol, rows=rows)))
+    content = dict(protocol=protocol, rows=rows)
     print(table(content))
-    path, number = Path(folder, "report.json"), 1
-    while path.exists() and json.loads(path.read_text())["protocol"] != content["protocol"]:
-        print(f"{path} has another protocol and stays")
-        number += 1
-        path = path.with_name(f"report-{number}.json")
-    path.write_text(json.dumps(content, indent=1))
+    with open(Path(folder, "report.jsonl"), "a") as file:
+        file.write(json.dumps(content) + "\n")
     if pictures:
-        image_grid(pictures, captions).save(path.with_suffix(".png"))
-    return content
+        image_grid(pictures, captions).save(Path(folder, "report.png"))
 
 
 def table(content):
-    """report.json's content -> text; columns that no row has are left out."""
+    """A line of report.jsonl -> text; columns that no row has are left out."""
     protocol, rows = content["protocol"], content["rows"]
     head = (f"{protocol['dataset']}: {protocol['images']} images a row, seed {protocol['seed']}, "
             f"{protocol['scores']}")
@@ -330,8 +326,8 @@ def headline(row):
 
 # ---------------------------------------------------------------- the table of a small world
 def spread(images, labels):
-    """How much images of one class of the shapes world differ: standard deviations within classes,
-    averaged over them. images (N, 3, H, W) uint8, labels (N,) -> (4,)
+    """Within-class standard deviations of images of the shapes world, averaged over the classes:
+    how much images of one class differ. images (N, 3, H, W) uint8, labels (N,) -> (4,)
 
     Of the grey level of the background / 255, and of the object's size (root of its area), x and y
     in pixels. The object is what differs from the background by more than 45 of 255 in a channel.
@@ -345,137 +341,138 @@ def spread(images, labels):
 
 
 def judged(judge, images):
-    """The judge's features and logits of (N, 3, H, W) uint8 images, as of `collect`."""
+    """Features and logits of the evaluation classifier for (N, 3, H, W) uint8 images, as of
+    `collect`."""
     device = next(judge.parameters()).device
     parts = tqdm(images.split(200), "features", leave=False)
     return collect(parts, lambda part: judge(to_float(part).to(device)))
 
 
-def reconstruct(run, images):
+def reconstruct(nets, images):
     """Images (N, 3, H, W) uint8 -> the same after encoding and decoding."""
-    parts = [to_float(part).to(run.tokenizer.E.device) for part in images.split(60)]
-    return torch.cat([decode(run.tokenizer, run.tokenizer.encode(part), None) for part in parts])
+    parts = [to_float(part).to(nets.tokenizer.E.device) for part in images.split(60)]
+    return torch.cat([decode(nets.tokenizer, nets.tokenizer.encode(part), None) for part in parts])
 
 
-def scorer(run, real, n):
-    """What the models of a small world are asked for, and how their images are scored.
+def scorer(nets, n):
+    """The conditions to sample with in a small world, and a function from images to metrics.
 
-    run, real   see `report`
-    returns     conditions: labels (n,) or n captions, in the shares of the real images; c (n, ...),
-                the same for the models; metrics: images (N, 3, H, W) uint8, conditions -> numbers
+    returns   conditions: labels (n,) or n captions, in the shares of the reference images; c
+              (n, ...), the same for the models; metrics: images (N, 3, H, W) uint8, conditions ->
+              dict of numbers
     """
-    images, conditions = real
+    images, conditions, _ = world(nets.cfg, "test")
     positions = [i % len(images) for i in range(n)]
-    if run.text is not None:
+    if nets.text is not None:
         wanted = [conditions[i] for i in positions]
-        return wanted, run.text.encode(wanted), scene_scores
-    real_features, _ = judged(run.judge, images)
+        return wanted, nets.text.encode(wanted), scene_scores
+    real_features, _ = judged(nets.judge, images)
     real_statistics = statistics(real_features)
-    if run.cfg.dataset == "folder":
+    if nets.cfg.dataset == "folder":
         # Drafts have been through the tokenizer, so they are compared with images that have, too.
-        training, _ = judged(run.judge, reconstruct(run, world(run.cfg, "train")[0]))
-        held_out, _ = judged(run.judge, reconstruct(run, images))
-    if run.cfg.dataset == "shapes":
+        training, _ = judged(nets.judge, reconstruct(nets, world(nets.cfg, "train")[0]))
+        held_out, _ = judged(nets.judge, reconstruct(nets, images))
+    if nets.cfg.dataset == "shapes":
         real_spread = spread(images, conditions)
 
     def metrics(fake, labels):
-        features, logits = judged(run.judge, fake)
+        features, logits = judged(nets.judge, fake)
         row = dict(fd=frechet_distance(*real_statistics, *statistics(features)))
-        # a small folder may have fewer test images than there are splits and neighbours
+        # A small folder may have fewer test images than there are splits and neighbours.
         if min(len(images), len(fake)) >= 10:
             row["inception_score"], _ = inception_score(logits)
             row["precision"], row["recall"] = precision_recall(real_features[:n], features)
         row["accuracy"] = float((logits.argmax(1) == labels.numpy()).mean())
-        if run.cfg.dataset == "folder":
+        if nets.cfg.dataset == "folder":
             row["memorised"] = memorised_share(features, held_out, training)
-        if run.cfg.dataset == "shapes":
+        if nets.cfg.dataset == "shapes":
             row["spread"] = (spread(fake, labels) / real_spread).mean().item()
         return row
     return conditions[positions], conditions[positions], metrics
 
 
-def score(run, model, steps, conditions, c, metrics):
-    """The numbers of one model's images, seed 0; conditions, c, metrics: of `scorer`. steps = 0:
-    the student's single pass."""
-    images = generate(model, run.tokenizer, c, run.cfg, steps, seed=0, progress="score")
+def score(nets, model, steps, conditions, c, metrics):
+    """The numbers of one model's images, seed 0; conditions, c, metrics: of `scorer`. steps: of the
+    teacher; None: the student's single pass."""
+    images = generate(model, nets.tokenizer, c, nets.cfg, steps, seed=0, progress="score")
     return metrics(images, conditions)
 
 
-def draw_timed(run, name, model, steps, c, seed):
+def draw_timed(nets, name, model, steps, c, seed):
     """A row's images -> z (n, L), images (n, 3, H, W) uint8, milliseconds per image."""
-    # a warm-up, which is not timed
-    generate(model, run.tokenizer, c[:min(60, len(c) // 4)], run.cfg, steps, seed)
-    drawn = list(batches(model, run.tokenizer, c, run.cfg, steps, seed, progress=name))
+    # A warm-up, which is not timed.
+    generate(model, nets.tokenizer, c[:min(60, len(c) // 4)], nets.cfg, steps, seed)
+    drawn = list(batches(model, nets.tokenizer, c, nets.cfg, steps, seed, progress=name))
     z, images, seconds = zip(*drawn)
     return torch.cat(z), torch.cat(images), 1000 * sum(seconds) / len(c)
 
 
-def draw_fixed_point(run, z, c, seed, batch=60):
-    """What the paper's objective promises with this teacher and these settings: Eq. 3's fixed
-    point, from samples z (n, L) of the teacher. -> images (n, 3, H, W) uint8"""
+def draw_fixed_point(nets, z, c, seed, batch=60):
+    """Samples z (n, L) of the teacher after ROUNDS rounds of Eq. 3's operator: near the fixed point
+    that the student is trained towards, known before any training. -> images (n, 3, H, W) uint8"""
     images, device = [], z.device
     for start in tqdm(range(0, len(z), batch), "fixed point", leave=False):
         z_part, part = z[start:start + batch], c[start:start + batch].to(device)
-        # one for each image, and other ones than those that z was drawn with
+        # One generator for each image, other ones than z was drawn with.
         generators = fpd.generators(seed, len(z) + start, len(part), device)
-        z_part = fpd.fixed_point(run.teacher, z_part, part, run.cfg, generators, ROUNDS)
-        images.append(decode(run.tokenizer, z_part, part))
+        z_part = fpd.fixed_point(nets.teacher, z_part, part, nets.cfg, generators, ROUNDS)
+        images.append(decode(nets.tokenizer, z_part, part))
     return torch.cat(images)
 
 
-def report(run, real, folder, n=None, seed=None, steps=None):
+def report(nets, folder, n=None, seed=None, steps=(16, 8, 4, 2, 1)):
     """The paper's Table 2 in miniature, or Table 1's with captions: the teacher in 16 ... 1 steps,
     the fixed point of Eq. 3 (see `draw_fixed_point`) and the student in one step.
 
-    run       namespace of sample.load_run
-    real      images (N, 3, H, W) uint8, labels (N,) or N captions: real ones that nothing was
-              trained on, every stretch of which has a like mixture of classes
-    n, seed   images per row, with conditions in the shares of the real ones, by default 960;
+    nets      of sample.load_run
+    n, seed   images per row, with conditions in the shares of the reference images, by default 960;
               their seed, by default the run's
     """
-    n = n or (48 if run.cfg.smoke else 960)
-    seed = run.cfg.seed if seed is None else seed
-    steps = (16, 8, 4, 2, 1) if steps is None else steps
-    images, conditions = real
-    wanted, c, metrics = scorer(run, real, n)
-    rows, pictures, (examples, captions) = [], [], grid_conditions(run)
+    n = n or (48 if nets.cfg.smoke else 960)
+    seed = nets.cfg.seed if seed is None else seed
+    wanted, c, metrics = scorer(nets, n)
+    rows, pictures, (examples, captions) = [], [], grid_conditions(nets)
 
-    def add(model, T, numbers, drawn, labels, ms=None):
+    def add(model, T, drawn, conditions, ms=None):
+        numbers = metrics(drawn, conditions)
         rows.append(dict(model=model, steps=T, **numbers, ms_per_image=ms))
-        if run.text is None:
-            # the first image of each class, white where there is none
+        if nets.text is None:
+            # The first image of each class, white where there is none.
             white = torch.full_like(drawn[:1], 255)
-            drawn = torch.stack([torch.cat([drawn[labels == x], white])[0] for x in examples])
+            drawn = torch.stack([torch.cat([drawn[conditions == x], white])[0] for x in examples])
         pictures.append((f"{model} {T or ''}  {headline(numbers)}", drawn[:len(captions)]))
 
-    # what a perfect model would score: half of the real images, at most n, against the others
-    m = min(n, len(images) // 2)
-    real_row, warning = {}, ""
-    if m > 1:
-        _, _, real_metrics = scorer(run, (images[:-m], conditions[:-m]), n)
-        real_row = real_metrics(images[-m:], conditions[-m:])
-    if "fd" in real_row and len(images) - m < 960:
-        warning = (f"few real images raise every FD: even that of {m} real ones against the "
-                   f"{len(images) - m} others is {real_row['fd']:.2f}")
-    add("real", None, real_row, images, conditions)
-    # what the tokenizer alone costs
-    drawn = reconstruct(run, images[:n])
-    add("reconstruction", None, metrics(drawn, conditions[:n]), drawn, conditions[:n])
+    # Real images that are not in the reference, as a perfect model would draw them, and the same
+    # through the tokenizer, which no model can surpass.
+    images, conditions, _ = world(nets.cfg, "real")
+    images, conditions = images[:n], conditions[:n]
+    add("real", None, images, conditions)
+    add("reconstruction", None, reconstruct(nets, images), conditions)
+
+    # The teacher in its numbers of steps, and the fixed point from its best samples.
     for T in sorted(set(steps), reverse=True):
-        z, drawn, ms = draw_timed(run, "teacher", run.teacher, T, c, seed)
-        add("teacher", T, metrics(drawn, wanted), drawn, wanted, ms)
+        z, drawn, ms = draw_timed(nets, "teacher", nets.teacher, T, c, seed)
+        add("teacher", T, drawn, wanted, ms)
         if T == max(steps):
-            drawn_fixed = draw_fixed_point(run, z, c, seed)
+            drawn_fixed = draw_fixed_point(nets, z, c, seed)
     if steps:
-        add("fixed point", None, metrics(drawn_fixed, wanted), drawn_fixed, wanted)
-    _, drawn, ms = draw_timed(run, "student", run.student, 0, c, seed)
-    add("student", 1, metrics(drawn, wanted), drawn, wanted, ms)
-    scores = "share of images that show what the caption says"
-    if run.text is None:
-        scores = f"FD in features of the judge, reference {len(images)} real images not trained on"
-    protocol = protocol_of(run, images=n, seed=seed, steps=steps, rounds=ROUNDS, scores=scores,
-                           warning=warning, device=str(run.tokenizer.E.device))
-    return write_report(folder, protocol, rows, table, pictures, captions)
+        add("fixed point", None, drawn_fixed, wanted)
+
+    # The student.
+    _, drawn, ms = draw_timed(nets, "student", nets.student, None, c, seed)
+    add("student", 1, drawn, wanted, ms)
+
+    # Print and keep it.
+    scores, warning = "share of images that show what the caption says", ""
+    if nets.text is None:
+        size = len(world(nets.cfg, "test")[0])
+        scores = f"FD in features of the evaluation classifier, {size} reference images"
+        if size < 960:
+            warning = (f"few reference images raise every FD, even that of the {len(images)} real "
+                       f"images, {rows[0]['fd']:.2f}")
+    protocol = protocol_of(nets, images=n, seed=seed, steps=steps, rounds=ROUNDS, scores=scores,
+                           warning=warning, device=str(nets.tokenizer.E.device))
+    write_report(folder, protocol, rows, table, pictures, captions)
 
 
 # ---------------------------------------------------------------- the table of the ablations
@@ -490,7 +487,7 @@ def means(scores):
 
 
 def ablation_table(content):
-    """report.json's content, as of train.ablate -> text. scores: of each seed, as of `score`"""
+    """A line of report.jsonl, as of train.ablate -> text. scores: of each seed, as of `score`."""
     protocol, rows = content["protocol"], []
     first, *others = "fd", "recall", "accuracy", "precision"
     if "overall" in content["rows"][0]["scores"][0]:
@@ -501,62 +498,65 @@ def ablation_table(content):
         rows.append(row | mean | {first: f"{mean[first]:.2f}{span}"})
     head = (f"{protocol['dataset']}: {protocol['images']} images a row, seed 0; mean "
             f"(smallest to largest) of {protocol['seeds']} students, {protocol['base']['steps']} "
-            "steps each, SDTT fewer; teacher_passes: of its network, for each image of a batch; "
-            "paper: its GenEval score, overall\n")
-    return head + text_table(rows, "table", "row", first, *others, "teacher_passes", "paper")
+            "steps each, SDTT a quarter; paper: its GenEval score, overall\n")
+    return head + text_table(rows, "table", "row", first, *others, "paper")
 
 
 # ---------------------------------------------------------------- the table of ImageNet (Table 2)
-def official_report(args, run, folder, device):
-    """FID, IS, precision and recall with the FID Inception: of a run, of public networks, or (run
-    None) of all images in args.folder. Each row is printed and written as soon as it is there."""
+def official_report(args, nets, folder, device):
+    """FID, IS, precision and recall with the FID Inception: of a run, of public networks, or (nets
+    None) of all images in args.folder. Each row is printed and kept as soon as it is there."""
     n, seed = args.images or 50_000, args.seed or 0
     steps = [16, 8, 4, 2] if args.steps is None else args.steps
     if args.folder:
         files = image_files(args.folder)
         n, models = len(files), [("folder", None, None)]
     else:
-        # every class equally often
-        labels = torch.arange(n) % len(run.names)
-        models = [("teacher", run.teacher, T) for T in steps]
-        if run.student is not None:
-            models.append(("student", run.student, 0))
+        # Every class occurs equally often.
+        labels = torch.arange(n) % len(nets.names)
+        models = [("teacher", nets.teacher, T) for T in steps]
+        if nets.student is not None:
+            models.append(("student", nets.student, None))
+
+    # The reference.
     path = Path(args.weights or WEIGHTS, INCEPTION)
     extract = partial(load_inception(path).to(device), path=args.inception_path)
     mu, sigma, real = reference(args.reference, extract, args.batch)
+
+    # What makes a score incomparable.
     count = n if real is None else min(n, len(real))
     warnings = []
     if count < 2048:
-        warnings.append(f"{count} images are fewer than the 2048 features: the FID is biased")
-    # the file's name ends in the first digits of its sha256
+        warnings.append(f"{count} images are fewer than the 2048 features, so the FID is biased")
+    # The file's name ends in the first digits of its sha256.
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:]):
         warnings.append(f"{path} does not hold the published weights")
     if real is not None:
-        # by chance, the squared distance of the images' mean from mu is about tr(sigma) / N
+        # By chance, the squared distance of the images' mean from mu is about tr(sigma) / N.
         if np.sum((real.mean(0, dtype=np.float64) - mu) ** 2) > 2 * np.trace(sigma) / len(real):
             warnings.append("mu and sigma do not fit the images beside them: they were made with "
                             "the other --inception-path")
     against = "mu and sigma" if real is None else f"{len(real)} images"
-    scores = f"FID against {Path(args.reference).resolve()} ({against}), Inception {path.name}"
-    protocol = protocol_of(run, images=n, seed=seed, steps=steps, scores=scores, folder=args.folder,
-                           inception_path=args.inception_path, device=device,
-                           warning="; ".join(warnings))
+    protocol = protocol_of(
+        nets, images=n, seed=seed, steps=steps, folder=args.folder, device=device,
+        inception_path=args.inception_path, warning="; ".join(warnings),
+        scores=f"FID against {Path(args.reference).resolve()} ({against}), Inception {path.name}")
     print("\n".join(f"{key}: {value}" for key, value in protocol.items()))
-    rows = []
+
+    # One row for each model.
     for name, model, T in models:
         if args.folder:
             images = read_batches(files, args.batch)
         else:
-            drawn = batches(model, run.tokenizer, labels, run.cfg, T, seed, args.batch, name)
+            drawn = batches(model, nets.tokenizer, labels, nets.cfg, T, seed, args.batch, name)
             images = (part for _, part, _ in drawn)
         features, logits = collect(images, extract)
-        row = dict(model=name, steps=1 if T == 0 else T)
+        row = dict(model=name, steps=1 if name == "student" else T)
         row["fid"] = frechet_distance(mu, sigma, *statistics(features))
         row["inception_score"], row["inception_score_std"] = inception_score(logits)
         if real is not None:
             row["precision"], row["recall"] = precision_recall(real, features)
-        rows.append(row)
-        write_report(folder, protocol, rows, table, [], [])
+        write_report(folder, protocol, [row], table, [], [])
 
 
 # ---------------------------------------------------------------- GenEval (Table 1)
@@ -658,7 +658,7 @@ def geneval_scores(detections, prompts):
     return tag_shares(results.values()) | dict(images=len(lines), prompts=len(prompts))
 
 
-def geneval_images(args, run, out, device):
+def geneval_images(args, nets, out, device):
     """--geneval: four images of every prompt, by the student or by the teacher in --steps, in the
     folders that GenEval's scorer reads. Prompts that have theirs are left out.
 
@@ -666,18 +666,19 @@ def geneval_images(args, run, out, device):
     OUT/00000/metadata.jsonl    the line of prompt 0;  samples/0000.png ... 0003.png: its images
     """
     prompts, seed = read_jsonl(args.prompts), args.seed or 0
-    model, steps, who = run.student, 0, "student, 1 step"
+    model, steps, who = nets.student, None, "student, 1 step"
     if args.steps or model is None:
-        model, steps = run.teacher, args.steps[0] if args.steps else 16
+        model, steps = nets.teacher, args.steps[0] if args.steps else 16
         who = f"teacher, {steps} steps"
-    protocol = protocol_of(run, model=who, trained_steps=run.step, seed=seed, device=device,
-                           prompts=[prompt["prompt"] for prompt in prompts])
+    protocol = protocol_of(nets, model=who, trained_steps=nets.step, seed=seed, device=device,
+                           prompts=prompts)
     path = Path(out) / "protocol.json"
-    drawn_with = json.loads(path.read_text()) if path.exists() else None
-    if drawn_with != protocol and any(path.parent.glob("*/samples/*.png")):
+    protocol = json.dumps(protocol, indent=1)
+    is_same = path.exists() and path.read_text() == protocol
+    if not is_same and any(path.parent.glob("*/samples/*.png")):
         raise ValueError(f"{out} has images of another protocol: choose another --out, or empty it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(protocol, indent=1))
+    path.write_text(protocol)
     for index, prompt in enumerate(tqdm(prompts, "images")):
         samples = path.parent / f"{index:05d}" / "samples"
         files = [samples / f"{i:04d}.png" for i in range(4)]
@@ -685,34 +686,44 @@ def geneval_images(args, run, out, device):
             continue
         samples.mkdir(parents=True, exist_ok=True)
         (samples.parent / "metadata.jsonl").write_text(json.dumps(prompt))
-        c = run.text.encode([prompt["prompt"]] * 4).to(device)
-        z = draw_tokens(model, c, fpd.generators(seed, 1000 * index, 4, device), run.cfg, steps)
-        for file, image in zip(files, decode(run.tokenizer, z, c)):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+        c = nets.text.encode([prompt["prompt"]] * 4).to(device)
+        z = draw_tokens(model, c, fpd.generators(seed, 1000 * index, 4, device), nets.cfg, steps)
+        for file, image in zip(files, decode(nets.tokenizer, z, c)):
+            # Beside it, then moved: an image that a kill cuts off does not count as drawn.
+            new = file.with_suffix(".tmp")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(new, "PNG")
+            os.replace(new, file)
     print(f"{out}: 4 images of each prompt | {who} | seed {seed}")
 
 
 # ---------------------------------------------------------------- the command
 def parse():
-    parser = argparse.ArgumentParser(description="Scores of a run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Scores of a run: of a small world its table again, of imagenet FID and more "
+        "(--reference), of laion images for GenEval (--geneval).", allow_abbrev=False)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--reference", metavar="FILE", help="imagenet: FID against a folder of "
                       "images, or a .npz with mu and sigma or with images")
     kind.add_argument("--geneval", action="store_true", help="laion: 4 images of each of --prompts "
                       "by the student, or the teacher in --steps N; with --detections, scores")
     parser.add_argument("--data", metavar="DIR", help="where the run's own images lie now")
-    parser.add_argument("--images", type=int, help="of each row: 960, with --reference 50,000")
-    parser.add_argument("--seed", type=int, help="by default that of the run, or 0")
-    parser.add_argument("--steps", type=int, nargs="*", help="the rows of the teacher")
-    parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time")
+    parser.add_argument("--images", type=int, help="images of each row (default: 960; with "
+                        "--reference 50,000)")
+    parser.add_argument("--seed", type=int, help="of the images (default: that of the run, or 0)")
+    parser.add_argument("--steps", type=int, nargs="*", help="the teacher's rows (default: 16 8 4 "
+                        "2, and 1 in small worlds)")
+    parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time "
+                        "(default: 50)")
     parser.add_argument("--folder", metavar="DIR", help="with --reference: score these images")
     parser.add_argument("--inception-path", choices=["pytorch-fid", "legacy"],
-                        default="pytorch-fid", help="ADM's references were made with legacy")
+                        default="pytorch-fid", help="how Inception reads images (default: "
+                        "pytorch-fid); ADM's references were made with legacy")
     parser.add_argument("--prompts", metavar="FILE", help="GenEval's evaluation_metadata.jsonl")
-    parser.add_argument("--out", metavar="DIR", help="of GenEval's images; by default RUN/geneval")
+    parser.add_argument("--out", metavar="DIR", help="folder of GenEval's images (default: "
+                        "RUN/geneval)")
     parser.add_argument("--detections", metavar="FILE", help="what a detector saw on the images")
     parser.add_argument("--detector", default="an unnamed detector", help="its name")
-    model_arguments(parser)
+    network_arguments(parser)
     args = parser.parse_args()
     if args.folder and not args.reference:
         parser.error("--folder needs --reference: what to compare the images with")
@@ -720,6 +731,8 @@ def parse():
         parser.error("--geneval, --prompts FILE and, for scores, --detections FILE go together")
     if min(args.steps or [1]) < 1 or args.geneval and len(args.steps or []) > 1:
         parser.error("--steps are 1 or more; --geneval draws with one model, and takes one number")
+    if args.images is not None and args.images < 10:
+        parser.error("--images is 10 or more: scores are means over 10 splits of them")
     return args
 
 
@@ -732,19 +745,24 @@ def main():
         print(f"GenEval rules, detections by {args.detector}: {scores['images']} images of "
               f"{scores['prompts']} prompts\n{text_table([scores], *TAGS, 'overall')}")
         return
-    run = None if args.folder else load_models(args, device)
-    folder = run.path.parent if run and run.path else Path(".")
+    nets = None if args.folder else chosen_networks(args, device)
+    folder = nets.path.parent if nets and nets.path else Path(".")
+    if nets and nets.teacher is None:
+        raise ValueError(f"{nets.path} holds a student alone: scores need a run's checkpoint.pt")
+    if nets and (args.geneval and nets.text is None or args.reference and nets.text is not None):
+        raise ValueError("--reference is for runs of labels, --geneval for runs of captions")
     if args.geneval:
-        geneval_images(args, run, args.out or folder / "geneval", device)
+        geneval_images(args, nets, args.out or folder / "geneval", device)
     elif args.reference:
-        official_report(args, run, folder, device)
-    elif run.cfg.dataset in OFFICIAL:
+        official_report(args, nets, folder, device)
+    elif nets.cfg.dataset in OFFICIAL:
         raise ValueError("imagenet is scored with --reference, laion with --geneval and --prompts")
     else:
-        run.cfg.data = args.data or run.cfg.data
-        if fingerprint(run.cfg) != run.images:
-            raise ValueError(f"--data {run.cfg.data}: not the images that the run was trained on")
-        report(run, world(run.cfg, "test")[:2], folder, args.images, args.seed, args.steps)
+        nets.cfg.data = args.data or nets.cfg.data
+        if fingerprint(nets.cfg) != nets.images:
+            raise ValueError(f"--data {nets.cfg.data}: not the images that the run was trained on")
+        steps = (16, 8, 4, 2, 1) if args.steps is None else args.steps
+        report(nets, folder, args.images, args.seed, steps)
 
 
 if __name__ == "__main__":
