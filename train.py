@@ -1,10 +1,11 @@
 """train.py - the whole run, from nothing to a one-step student and its report.
 
     prepare (once, kept)  images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2)
-                          images -> Phi, judge;   imagenet, laion: official files
+                          images -> Phi, and the evaluation classifier ("judge")
+                          imagenet, laion: the official files
     distil                student = copy of the teacher; fpd.fpd_step (Eq. 3 to 8), AdamW, EMA
-    report                runs/<name>/: config.json, log.jsonl, samples/, samples.gif,
-                          step.png, checkpoint.pt, student.pt, report.json, report.png
+    report                runs/<name>/: config.json, log.jsonl, samples/, samples.gif, step.png,
+                          checkpoint.pt, student.pt, report.jsonl, report.png
 
     python train.py                                  # the shapes world on a CPU
     python train.py --dataset imagenet --gpus 1      # the paper's class-conditional run
@@ -12,8 +13,8 @@
 import argparse
 import copy
 import dataclasses
+import datetime
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -22,7 +23,6 @@ import re
 import signal
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -36,93 +36,112 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import (BACKBONE, FEATURE_NETWORKS, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
-                    TextEncoder, Words, find_backbone, imagenet_names, load_backbone)
+from models import (BACKBONE, FEATURE_NETWORKS, PUBLIC, WEIGHTS, Backbone, ConvNet, Discriminator,
+                    MaskGen, MaskGIT, TextEncoder, Words, find_backbone, imagenet_names,
+                    load_backbone, load_discriminator)
 
 
 # --------------------------------------------------------------------------------- settings
+def option(default, help, group=None):
+    """A field of Config: its default, and the sentence that --help prints. "paper" or "ours" says
+    where the default is from. group: the title of the group of settings that begins here."""
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group))
+
+
+def int_or_none(text):
+    return None if text == "none" else int(text)
+
+
 @dataclasses.dataclass
 class Config:
-    """Every setting, written once. Defaults are the paper's where it has one (Sec. 4.1). SMALL and
-    CAPTIONS say what the small worlds change."""
-    # what runs
-    dataset: str = "shapes"           # shapes | scenes | folder | imagenet | laion
-    data: str = ""                    # folder: a subfolder per class; imagenet, laion: the GAN's
-    captions: str = ""                # laion: the file with one caption per line
-    method: str = "fpd"               # fpd | dimo | sdtt: the last two for comparison (Table 2)
-    name: str = ""                    # runs/<name>; when empty, of dataset, method, smoke
-    resume: bool = False              # an interrupted run (the newest, or --name) goes on
-    gpus: int = None                  # 0: CPU; 1: one GPU; not given: a GPU if there is one
-    smoke: bool = False               # tiny step counts: proves the set-up, learns nothing
-    ablations: int = 0                # seeds for each row of ABLATIONS; 0: a single run
-    seed: int = 0                     # of the distillation, its samples and its report
-    # preparation of the small worlds: once, shared by all seeds
-    tokenizer_steps: int = 600        # VQGAN, batch 32
-    classifier_steps: int = 200       # Phi and the judge, batch 64
-    teacher_steps: int = 1200         # MaskGIT or MaskGen, batch 64
-    # official networks of imagenet and laion
-    weights: str = WEIGHTS            # folder of their files, which else come from the hub
-    blocks: tuple = (2, 5, 8, 11)     # of Phi, whose outputs are compared (Table 4b)
-    # sampling of the teacher; by default as the public MaskGIT is sampled
-    sample_guidance: float = 4.0             # in the last step
-    confidence_noise: float = 4.5     # their r_temp
-    # the method
-    init_mask: float = 0.9            # r_init of Sec. 3.2; stored with the student
-    temperature: float = 1.0          # of Eq. 4, in training and after it
-    draft_source: str = "student"            # student | random: what is refined (Table 3b)
-    remask: tuple = (0.1, 0.9)        # pi of Eq. 5: arccos(u) 2/pi between these two shares
-    refine_guidance: float = 2.0          # guidance of the refinement (Eq. 5)
-    space: str = "feature"            # feature | pixel: where drafts are compared (Table 4a)
-    grid: int = 4                     # features are averaged to grid x grid; 1 pools (Table 4b)
-    bandwidths: tuple = (0.02, 0.05, 0.2)    # H of Eq. 7 (Table 4a)
-    affinity: str = "joint"           # joint | apart: how attraction and repulsion are normalised
-    own_pair: bool = False            # X_i, Y_i among X_i's negatives, targets (Eq. 6)
-    per_class: int = 16               # drafts of one class in a batch: only these are compared;
-                                      # 1: the whole batch is, of whatever class
-    estimator: str = "ste"            # ste | soft (Eq. 8, Table 3a)
-    gan_weight: float = 0.0           # lambda of Sec. 3.4, in units of the drift; 0: no GAN
-    # optimisation
-    steps: int = 100_000
-    batch: int = 32                   # of each process under torchrun
-    lr: float = 1e-5
-    decay: float = 0.0                # last share of the steps in which lr falls to 0
-    ema: float = 0.9999
-    lift_chunk: int = None            # images lifted at a time: less memory, same gradient
-    # bookkeeping
-    log_every: int = 10
-    sample_every: int = 1000
-    save_every: int = 1000
+    """Every setting, written once. SMALL, CAPTIONS, METHODS and SMOKE below change some defaults;
+    `train.py --help` prints all of this."""
+    dataset: str = option("shapes", "shapes and scenes are drawn here, folder: your own images, "
+                          "imagenet and laion: the public networks", "what runs")
+    data: str = option("", "folder: a subfolder for each class; imagenet, laion: the GAN's images")
+    captions: str = option("", "laion: a text file with one caption per line")
+    method: str = option("fpd", "the paper's; dimo and sdtt are for comparison (Table 2)")
+    name: str = option("", "the run is kept in runs/<name>; else named by data set and method")
+    resume: bool = option(False, "go on with an interrupted run, the newest or --name")
+    gpus: int = option(None, "0: CPU, 1: one GPU, else a GPU if there is one; several: torchrun")
+    smoke: bool = option(False, "a few steps, tiny networks: proves the set-up, learns nothing")
+    ablations: int = option(0, "Tables 3 and 4 in miniature, so many seeds for each row")
+    seed: int = option(0, "of the distillation, its samples and its report, 0 to 4293")
+
+    tokenizer_steps: int = option(600, "training steps of the VQGAN, batch 32",
+                                  "preparation of the small worlds: once, shared by all seeds")
+    classifier_steps: int = option(200, "of Phi and of the evaluation classifier, batch 64")
+    teacher_steps: int = option(1200, "of the MaskGIT or MaskGen, batch 64")
+
+    weights: str = option(WEIGHTS, "folder of the official files, which else come from the hub",
+                          "the teacher and its sampler (models.PUBLIC)")
+    sample_guidance: float = option(PUBLIC["imagenet"]["sample_guidance"],
+                                    "guidance in the sampler's last step, 1: none")
+    confidence_noise: float = option(PUBLIC["imagenet"]["confidence_noise"],
+                                     "Gumbel noise on the confidence of tokens, falls to 0")
+
+    init_mask: float = option(0.9, "r_init, the masked share of z_init; ours", "the method")
+    temperature: float = option(1.0, "of the draft (Eq. 4), in training and after it; ours")
+    draft_source: str = option("student", "whose draft is refined (Table 3b); paper")
+    remask: tuple = option((0.1, 0.9), "pi of Eq. 5: arccos(u) 2/pi between these shares; ours")
+    refine_guidance: float = option(2.0, "guidance of the refinement (Eq. 5), 1: none; ours")
+    space: str = option("feature", "where drafts are compared (Table 4a); paper")
+    blocks: tuple = option((2, 5, 8, 11), "blocks of Phi that are compared (Table 4b); paper")
+    grid: int = option(4, "features are averaged to grid x grid positions (Table 4b); paper")
+    bandwidths: tuple = option((0.02, 0.05, 0.2), "H of Eq. 7 (Table 4a); paper")
+    affinity: str = option("joint", "attraction and repulsion share a normalisation; ours")
+    own_pair: bool = option(False, "is a draft one of its own negatives, and its own refinement "
+                            "one of its targets (Eq. 6)? ours")
+    per_class: int_or_none = option(32, "drafts of one class in a batch, only these are compared; "
+                                    "none: the whole batch is; ours")
+    estimator: str = option("ste", "Eq. 8, or the soft embedding (Table 3a); paper")
+    gan_weight: float = option(0.0, "weight of the GAN (Sec. 3.4), in units of the drift; 0: none")
+
+    steps: int = option(100_000, "training steps of the student; ours", "optimisation")
+    batch: int = option(32, "drafts in a batch, of each process under torchrun; paper")
+    lr: float = option(1e-5, "learning rate of AdamW; paper")
+    decay: float = option(0.0, "last share of the steps, in which lr falls to 0; ours")
+    ema: float = option(0.9999, "of the moving average of the student's weights; ours")
+    lift_chunk: int = option(None, "images that are lifted at a time: less memory, same gradient; "
+                             "else all, or 8 on a small GPU")
+
+    log_every: int = option(10, "steps between lines of log.jsonl", "bookkeeping")
+    sample_every: int = option(1000, "steps between grids of samples")
+    save_every: int = option(1000, "steps between checkpoints")
 
 
-# The values that a setting can have, where they are few
+# The values that a setting can have, where they are few.
 CHOICES = dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"),
                method=("fpd", "dimo", "sdtt"), gpus=(0, 1), draft_source=("student", "random"),
                space=("feature", "pixel"), affinity=("joint", "apart"), estimator=("ste", "soft"))
-# The student's gradient is clipped to this norm
+# The student's gradient is clipped to this norm (ours).
 CLIP = 1.0
-# Steps in which the student's learning rate rises
+# In these first steps the student's learning rate rises to its value (ours).
 WARMUP = 20
-# What the small worlds change: their student is 200 times smaller and trains for minutes. Drafts
-# sampled at temperature 1 are patchwork there, because each token is drawn on its own
-SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3,
-             per_class=32, sample_guidance=2.0, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
-# Captions: most occur once per batch, so a draft's own refinement is its only target, the whole
-# batch is compared, and Eq. 6 is used as printed. MaskGen's sampler has a noise of its own
-CAPTIONS = dict(own_pair=True, affinity="apart", per_class=1, confidence_noise=2.0)
+# What the small worlds change. Their student is 200 times smaller than MaskGIT and trains for
+# minutes. At temperature 1 its drafts would be patchwork, because each token is drawn on its own.
+SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3, per_class=64,
+             sample_guidance=2.0, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
+# What captions change. Most captions occur once per batch, so a draft's own refinement is the only
+# target with its caption. The whole batch is therefore compared, and Eq. 6 is used as printed.
+CAPTIONS = dict(own_pair=True, affinity="apart", per_class=None,
+                confidence_noise=PUBLIC["laion"]["confidence_noise"])
 DATASETS = {"shapes": SMALL, "scenes": SMALL | CAPTIONS, "folder": SMALL, "imagenet": {},
-            "laion": CAPTIONS | dict(batch=64, sample_guidance=13.0)}                  # Sec. 4.1
-# Di[M]O has its own share of masked tokens, SDTT begins with an empty canvas, and neither compares
-# drafts with each other. SDTT's last round is the one that counts, so lr falls in it alone; its
-# canvas holds no codes, so sampling at temperature 1 is its only noise
-METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=1),
-           "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=1, decay=0.25)}
-# No decay in a smoke run, because it depends on the number of steps: 2 steps and 2 more after
-# --resume are then the same as 4
-SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, batch=32, decay=0.0,
+            "laion": CAPTIONS | PUBLIC["laion"] | dict(batch=64)}
+# What the other methods change. Neither compares drafts with each other. Di[M]O has its own share
+# of masked tokens. SDTT starts from a fully masked canvas, so the sampling of its tokens is its
+# only noise, and its learning rate falls in the last of its four rounds.
+METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=None),
+           "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=None, decay=0.25)}
+# There is no decay in a smoke run, because it depends on the number of steps: 2 steps and, after
+# --resume, 2 more are then the same as 4.
+SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, decay=0.0,
              log_every=1, sample_every=2, save_every=2)
-# The rows of --ablations: the paper's table, a name, what differs from the base, the paper's
-# GenEval score (overall). r = 1 of Table 3b is left out, since nothing of the draft is left there.
-# With the GAN a batch has more classes, because the discriminator's real images are of all classes
+# The only settings that may be typed beside --resume; all others are the checkpoint's.
+RESUMABLE = {"resume", "name", "gpus", "data", "weights", "steps", "lift_chunk", "log_every",
+             "sample_every", "save_every"}
+# The rows of --ablations: the paper's table, a name, what differs from the base, and the paper's
+# GenEval score (overall). The GAN's real images are of all classes, so its batches have several.
 ABLATIONS = [
     ("", "FPD, the base", {}, 0.43),
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
@@ -138,55 +157,88 @@ ABLATIONS = [
     ("4b", "deep blocks", dict(blocks=(2, 3)), 0.42),
     ("2", "Di[M]O", dict(method="dimo", **METHODS["dimo"]), None),
     ("2", "SDTT", dict(method="sdtt", **METHODS["sdtt"]), None)]
-# What a run was made of: --resume cannot change it
-FIXED = ("dataset", "method", "captions", "smoke", "tokenizer_steps", "classifier_steps",
-         "teacher_steps", "blocks", "init_mask")
+
+
+def described_default(name, default):
+    """The default of a setting, and which data sets and methods change it -> text for --help."""
+    changed = {}
+    for key, settings in (DATASETS | METHODS).items():
+        if settings.get(name, default) != default:
+            changed.setdefault(settings[name], []).append(key)
+    values = [] if default in (None, "", False) else [f"default: {default}"]
+    values += [f"{', '.join(keys)}: {value}" for value, keys in changed.items()]
+    return f" [{'; '.join(values)}]" if values else ""
 
 
 def parse(argv=None):
-    """Command line -> Config: the paper's defaults, those of data set and method, what was typed;
-    with --resume the settings of the checkpoint, then what was typed."""
+    """Command line -> Config: its defaults, then those of data set, method and smoke run, then what
+    was typed. With --resume, the settings of the checkpoint in place of the defaults."""
     parser = argparse.ArgumentParser(
-        description="Distil a masked discrete diffusion model into one step (FPD). --dataset "
-        "folder trains on your own images, of each the centre square at 32 x 32 pixels; --data "
-        "has a subfolder for each class.",
+        description="Distil a masked discrete diffusion model into one step (FPD).",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        how = dict(type=field.type, choices=CHOICES.get(field.name))
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+            how = dict(action=argparse.BooleanOptionalAction)
         elif field.type is tuple:
-            parser.add_argument(flag, type=type(field.default[0]), nargs="+")
-        else:
-            parser.add_argument(flag, type=field.type, choices=CHOICES.get(field.name))
-    typed = vars(parser.parse_args(argv))
-    typed = {name: tuple(x) if isinstance(x, list) else x for name, x in typed.items()}
+            how = dict(type=type(field.default[0]), nargs=2 if field.name == "remask" else "+")
+        how["help"] = field.metadata["help"] + described_default(field.name, field.default)
+        group.add_argument("--" + field.name.replace("_", "-"), **how)
+    typed = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+
+    settings, step = {}, 0
     if typed.get("resume"):
         folder = Path("runs", typed["name"]) if "name" in typed else sample.newest_run()
-        settings = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True,
-                              mmap=True)["config"] | dict(name=folder.name)
-        # SDTT's rounds are quarters of the run
-        fixed = FIXED + ("steps",) if settings["method"] == "sdtt" else FIXED
-        for name in fixed:
-            if typed.get(name, settings[name]) != settings[name]:
-                parser.error(f"--resume cannot change {name}, {settings[name]!r} in {folder}")
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True,
+                                mmap=True)
+        settings, step = checkpoint["config"] | dict(name=folder.name), checkpoint["step"]
     else:
         settings = DATASETS[typed.get("dataset", "shapes")] | METHODS[typed.get("method", "fpd")]
         if typed.get("smoke"):
             settings = settings | SMOKE
     cfg = Config(**settings | typed)
-    # what would otherwise give something else without an error
-    if cfg.batch % cfg.per_class:
-        parser.error(f"--batch {cfg.batch} is no multiple of --per-class {cfg.per_class}")
-    if bool(cfg.data) != (cfg.dataset == "folder") and cfg.dataset not in sample.OFFICIAL:
-        parser.error("--dataset folder and --data DIR go together")
-    if cfg.gan_weight and cfg.method != "fpd":
-        parser.error("--gan-weight goes with --method fpd")
-    if cfg.method == "sdtt" and cfg.init_mask != 1:
-        parser.error("--method sdtt begins with everything masked: --init-mask 1")
-    if "RANK" in os.environ and (cfg.gan_weight or cfg.method != "fpd" or cfg.ablations):
-        parser.error("several processes train FPD without the GAN, and nothing else")
+
+    for message, is_wrong in refusals(cfg, typed, step).items():
+        if is_wrong:
+            parser.error(message)
     return cfg
+
+
+def refusals(cfg, typed, step):
+    """What the program cannot do, or what would silently give something else -> {message: is it
+    so?}   typed: the settings that were typed; step: of the checkpoint to resume"""
+    is_official, has_gan, is_sdtt = (cfg.dataset in sample.OFFICIAL, cfg.gan_weight > 0,
+                                     cfg.method == "sdtt")
+    beside = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUMABLE - {"resume"}))
+    return {
+        f"--resume keeps the run's settings; only these go with it: {beside}":
+            cfg.resume and not typed.keys() <= RESUMABLE,
+        f"--steps {cfg.steps}: the run has done {step} already": cfg.steps < step,
+        "the rounds of sdtt are quarters of --steps, which --resume cannot change":
+            cfg.resume and is_sdtt and "steps" in typed,
+        "--method sdtt starts fully masked: --init-mask 1": is_sdtt and cfg.init_mask != 1,
+        "--init-mask, --remask, --decay and --ema are shares, from 0 to 1":
+            not all(0 <= x <= 1 for x in (cfg.init_mask, *cfg.remask, cfg.decay, cfg.ema)),
+        f"--batch {cfg.batch} is no multiple of --per-class {cfg.per_class}":
+            cfg.batch % (cfg.per_class or 1) != 0,
+        "--seed is 0 to 4293": not 0 <= cfg.seed <= 4294 - max(1, cfg.ablations),
+        "--gpus 1: torch sees no GPU": cfg.gpus == 1 and not torch.cuda.is_available(),
+        "--name is the name of one folder, without /": Path(cfg.name).name != cfg.name,
+        f"runs/{cfg.name} is there: choose another --name, or --resume":
+            cfg.name and Path("runs", cfg.name).exists() and not (cfg.resume or cfg.ablations),
+        "--data DIR is for --dataset folder and for the GAN of imagenet and laion, which need it":
+            bool(cfg.data) != (cfg.dataset == "folder" or is_official and has_gan),
+        "--captions FILE is for --dataset laion, which needs it":
+            bool(cfg.captions) != (cfg.dataset == "laion"),
+        f"--captions {cfg.captions}: there is no such file":
+            cfg.captions and not Path(cfg.captions).is_file(),
+        "--ablations are for shapes, scenes and folder": cfg.ablations and is_official,
+        "--gan-weight goes with --method fpd": has_gan and cfg.method != "fpd",
+        "several processes train FPD without the GAN, and nothing else":
+            "RANK" in os.environ and (has_gan or cfg.method != "fpd" or cfg.ablations)}
 
 
 # --------------------------------------------------------------------------------- trainings
@@ -196,8 +248,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon works in bfloat16, which most CPUs only emulate: the teacher's minutes would
     become half an hour. Nor does it take the filters of a convolution.
     """
-    def __init__(self, matrices, lr, weight_decay):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+    def __init__(self, matrices, lr, weight_decay, momentum):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -208,11 +260,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 1 - momentum)
-                # a filter is a matrix, too: (out, in, h, w) -> (out, in h w)
+                # A filter is a matrix, too: (out, in, h, w) -> (out, in h w).
                 update = p.grad.lerp(state["mean"], momentum).flatten(1)
                 direction = orthogonalised(update).view_as(p)
                 p.mul_(1 - lr * group["weight_decay"])
-                # the factor makes a step as large as AdamW's
+                # The factor makes a step as large as AdamW's.
                 p.sub_(direction, alpha=0.2 * math.sqrt(max(update.shape)) * lr)
 
 
@@ -220,7 +272,7 @@ def orthogonalised(G):
     """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular
     values to 0.7 ... 1.2."""
     if len(G) > G.shape[1]:
-        # the smaller of the two Gram matrices
+        # The smaller of the two Gram matrices is cheaper.
         return orthogonalised(G.T).T
     X = G / G.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -231,29 +283,33 @@ def orthogonalised(G):
 
 class Optimiser:
     """Muon for weight matrices and filters, AdamW for embeddings, norms and biases; one cycle of
-    the learning rate. With AdamW alone a part needs twice as many steps.
+    the learning rate. With AdamW alone a network needs twice as many steps.
 
     clip    largest norm of the gradient
     """
-    # name endings of 2-D parameters that are lookup tables or biases, not matrices
+    # Name endings of 2-D parameters that are lookup tables or biases, not matrices.
     TABLES = ("emb.weight", "embedding.weight", "embeddings.weight", "bias")
+    # The momentum falls from the high value to the low one while the learning rate rises, and goes
+    # back as it falls (the cycle of Smith and Topin 2019).
+    MOMENTUM = (0.85, 0.95)
 
     def __init__(self, network, steps, lr, weight_decay=0.0, clip=math.inf):
         self.parameters, self.clip = list(network.parameters()), clip
+        low, high = self.MOMENTUM
         matrices, others = [], []
         for name, p in network.named_parameters():
             is_matrix = p.ndim in (2, 4) and not name.endswith(self.TABLES)
             (matrices if is_matrix else others).append(p)
-        self.opts = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay),
-                     Muon(matrices, 2 * lr, weight_decay)]
-        # with 10 steps or fewer the schedule would divide by 0
+        self.opts = [torch.optim.AdamW(others, lr, betas=(high, 0.95), weight_decay=weight_decay),
+                     Muon(matrices, 2 * lr, weight_decay, high)]
+        # With 10 steps or fewer the schedule would divide by 0.
         total = max(steps + 1, 11)
-        self.scheds = [torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]["lr"],
-                                                           total_steps=total, pct_start=0.1)
-                       for opt in self.opts]
+        self.scheds = [torch.optim.lr_scheduler.OneCycleLR(
+            opt, opt.param_groups[0]["lr"], total_steps=total, pct_start=0.1, base_momentum=low,
+            max_momentum=high) for opt in self.opts]
 
     def update(self, loss):
-        """One step down the gradient of the loss (). ValueError when it is not finite"""
+        """One step down the gradient of the loss (). ValueError when it is not finite."""
         if not loss.isfinite():
             raise ValueError(f"the loss of a training is {loss.item()}")
         for opt in self.opts:
@@ -289,12 +345,13 @@ def reseed_codes(vq, e, z, usage, everything=False):
         usage[dead] = 10
 
 
-def train_tokenizer(vq, steps, cfg, device):
-    """VQGAN on the world's images: L1 + L2 reconstruction, codebook and commitment loss. At this
-    size it is sharp without a GAN."""
+def train_tokenizer(vq, cfg, device):
+    """VQGAN on the images: L1 + L2 reconstruction, codebook and commitment loss. Images this small
+    become sharp without the GAN of the original."""
     images, _, _ = tok.world(cfg, "train")
     usage = torch.zeros(vq.K, device=device)
-    # first tenth without quantisation, so that k-means has encoder outputs to place the codes by
+    # The first tenth is without quantisation, so that k-means has encoder outputs to start from.
+    steps = cfg.tokenizer_steps
     begin = steps // 10
     optimiser = Optimiser(vq, steps, 5e-3)
     bar = tqdm(range(steps), "tokenizer")
@@ -305,7 +362,7 @@ def train_tokenizer(vq, steps, cfg, device):
         z = vq.nearest(e)                                                       # (B, L)
         q = vq.E[z]                                                             # (B, L, d)
         usage.mul_(0.95).add_(torch.bincount(z.flatten(), minlength=vq.K))
-        # the gradient passes the quantiser straight
+        # The gradient passes the quantiser as if it were not there.
         y = vq.decode(e if step <= begin else e + (q - e).detach())
         reconstruction = (y - x).abs().mean() + (y - x).pow(2).mean()
         loss = reconstruction
@@ -321,19 +378,20 @@ def train_tokenizer(vq, steps, cfg, device):
                             codes=int((usage > 1).sum()))
 
 
-def train_classifier(net, steps, cfg, device, split):
-    """Phi or the judge: a classifier of the world's classes; of scenes, of the shapes that occur.
+def train_classifier(net, cfg, device, split):
+    """A classifier of the classes, or, for scenes, of the coloured shapes that occur in an image.
+    split: "judge", the evaluation classifier, or "phi", the feature network of the drift.
 
-    Phi also learns to paint, from every position of its last map, that position's own pixels and
-    the whole image in small. A classifier forgets what no class depends on, such as the background,
-    and the drift cannot correct what Phi does not see. Since drafts are compared position by
-    position, all positions only make the same choice if each of them sees what the others show.
-    (DINOv3, which learned without classes and by attention, sees both.)   split "phi" | "judge"
+    A classifier ignores what no class depends on, such as the background, and the drift cannot
+    correct what Phi does not see. We therefore also ask every cell of Phi's last map to reconstruct
+    its own pixels and a thumbnail of the whole image. Drafts are compared cell by cell: with the
+    thumbnail, separate cells agree on one image. (DINOv3 sees both: it was trained without classes,
+    and its cells attend to each other.)
     """
     images, labels, _ = tok.world(cfg, split)
     loss_of = F.cross_entropy
     if cfg.dataset == "scenes":
-        # which of the 24 coloured shapes, where the caption names every colour
+        # Which of the 24 coloured shapes are there, where the caption names every colour.
         objects = [tok.parse_caption(caption)["objects"] for caption in labels]
         named = [i for i, pairs in enumerate(objects) if all(colour for colour, _ in pairs)]
         classes = [(colour, shape) for colour in tok.COLOURS for shape in tok.SHAPES]
@@ -341,37 +399,38 @@ def train_classifier(net, steps, cfg, device, split):
         images = images[named]
         loss_of = F.binary_cross_entropy_with_logits
     width = net.stem.out_channels
-    # its own 8 x 8 pixels, and the 32 x 32 of the image as 8 x 8
+    # For each cell its own 8 x 8 pixels, and the image of 32 x 32 as 8 x 8.
     painter = nn.Conv2d(4 * width, 2 * 3 * 8 ** 2, 1).to(device)
     trained = nn.ModuleList([net, painter]) if split == "phi" else net
-    optimiser = Optimiser(trained, steps, 3e-3, weight_decay=0.01)
-    for _ in tqdm(range(steps), split):
+    optimiser = Optimiser(trained, cfg.classifier_steps, 3e-3, weight_decay=0.01)
+    for _ in tqdm(range(cfg.classifier_steps), split):
         i = torch.randint(len(images), (64,))
         x, target = tok.to_float(images[i]).to(device), labels[i].to(device)
         last = net.maps(x)[-1]                                                  # (B, D, 4, 4)
         loss = loss_of(net.head(last.mean((2, 3))), target)
         if split == "phi":
             own, whole = painter(last).chunk(2, 1)                              # (B, 192, 4, 4)
-            small = F.avg_pool2d(x, 4).flatten(1)[:, :, None, None]             # (B, 192, 1, 1)
+            thumbnail = F.avg_pool2d(x, 4).flatten(1)[:, :, None, None]         # (B, 192, 1, 1)
             loss = loss + 5 * F.mse_loss(F.pixel_shuffle(own, 8), x)
-            loss = loss + 5 * (whole - small).pow(2).mean()
+            loss = loss + 5 * (whole - thumbnail).pow(2).mean()
         optimiser.update(loss)
 
 
-def train_teacher(teacher, steps, cfg, device, vq, text):
-    """MaskGIT or MaskGen on the tokens: predict what is masked (Eq. 2). The condition is dropped
-    for one image in ten, so that guidance works."""
+def train_teacher(teacher, cfg, device, vq, text):
+    """MaskGIT or MaskGen on the tokens of the images: predict the masked ones (Eq. 2). The
+    condition is dropped for one image in ten, so that guidance works."""
     images, c, _ = tok.world(cfg, "train")
     with torch.no_grad():
         z = torch.cat([vq.encode(tok.to_float(part).to(device)) for part in images.split(200)])
     c = c.to(device) if text is None else text.encode(c)                        # (N, ...)
     sample.set_text(text, teacher)
     generator = torch.Generator(device).manual_seed(0)
-    optimiser = Optimiser(teacher, steps, 2e-3, weight_decay=0.03, clip=1.0)
-    bar = tqdm(range(steps), "teacher")
+    optimiser = Optimiser(teacher, cfg.teacher_steps, 2e-3, weight_decay=0.03, clip=1.0)
+    bar = tqdm(range(cfg.teacher_steps), "teacher")
     for step in bar:
         i = torch.randint(len(z), (64,), device=device)
-        r = fpd.sample_ratio(64, 0, 1, generator, device)                       # (B,)
+        # The share of masked tokens, gamma(t) at a uniform time t.
+        r = fpd.gamma(fpd.uniform((64,), generator, device))                    # (B,)
         z_masked, is_masked = fpd.remask(z[i], r, vq.K, generator)              # (B, L)
         logits = teacher(z_masked, c[i], torch.rand(64, device=device) < 0.1)   # (B, L, K)
         loss = F.cross_entropy(logits[is_masked], z[i][is_masked])              # Eq. 2
@@ -381,7 +440,7 @@ def train_teacher(teacher, steps, cfg, device, vq, text):
 
 
 # --------------------------------------------------------------------------------- preparation
-# The networks of --smoke with imagenet and laion: the official ones' classes, tiny, random weights
+# What --smoke takes in place of the official networks: the same classes, tiny, with random weights.
 TINY_PHI = (Backbone, dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64))
 TINY = {
     "imagenet": {
@@ -398,123 +457,130 @@ TINY = {
 
 def save(path, content):
     """torch.save that neither a kill nor a full disk can leave half done."""
-    new = path.with_suffix(f".{os.getpid()}.tmp")
+    new = path.with_suffix(".tmp")
     torch.save(content, new)
     os.replace(new, path)
 
 
-def prepared(part, seed, network, args, train, steps, cfg, device, saved, *others, before=""):
-    """A part of a small world: its file in runs/prepared/, trained first where it is not there.
+def prepared_folder(cfg):
+    """runs/prepared/<dataset>-<hash of settings and images>: where the networks of a small world
+    are kept, which all runs with these settings and images share."""
+    key = [cfg.smoke, cfg.tokenizer_steps, cfg.classifier_steps, cfg.teacher_steps,
+           tok.fingerprint(cfg)]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
+    return Path("runs", "prepared", f"{cfg.dataset}-{digest}")
 
-    part, seed     its name; of its random weights and its training
-    network, args  its class and their arguments
-    train, others  function (network, steps, cfg, device, *others), which trains it
-    before         file of the part that the training depends on
-    saved          {part: dict(cls=, args=, state=, file=)} as of sample.load_part: what is there is
-                   taken (--resume), what is not is added
-    The file's name carries a hash of settings, images and the source of `network` and `train`.
+
+def prepared(path, seed, network, args, train, device):
+    """One of these networks: read from its file, or trained and saved where there is no file yet.
+
+    seed            of its random weights and of its training
+    network, args   its class, and their arguments
+    train           a function of the network that trains it
+    returns         dict(cls=, args=, state=), as of sample.load_network
     """
-    if part not in saved:
-        key = [seed, args, cfg.dataset, cfg.smoke, steps, tok.fingerprint(cfg, times=True), before,
-               inspect.getsource(network), inspect.getsource(train)]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
-        path = Path("runs/prepared", f"{cfg.dataset}-{part}-{digest}.pt")
-        if path.exists():
-            print(f"{part}: {path} is there")
-        else:
-            print(f"{part}: training for {steps} steps")
+    if path.exists():
+        print(f"{path} is there (delete {path.parent} after a change of the code that made it)")
+    else:
+        print(f"{path}: training")
+        torch.manual_seed(seed)
+        model = network(**args).to(device)
+        train(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, dict(cls=network.__name__, args=args, state=model.state_dict()))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def small_networks(cfg, n_classes, device):
+    """The networks of a small world -> {field of sample.Networks: dict as of `prepared`}."""
+    # Codes have length 1. Without normalisation the codes of the dark, middle and light background
+    # lie on one line. The gradient of a logit (Eq. 8) is a dot product with its code, so one of the
+    # two ends always wins over the middle.
+    vq, seed, folder, saved = dict(l2norm=True), 0, prepared_folder(cfg), {}
+    if cfg.dataset == "scenes":
+        words = dict(width=128)
+        saved["text"] = dict(cls="Words", args=words, state=Words(**words).state_dict())
+        # Several small objects have more kinds of edges than a large one, and need more codes.
+        vq, seed, n_classes = dict(l2norm=True, K=256), 1, len(tok.shapes_names())
+
+    saved["tokenizer"] = prepared(folder / "tokenizer.pt", seed, tok.VQGAN, vq,
+                                  lambda net: train_tokenizer(net, cfg, device), device)
+    saved["phi"] = prepared(folder / "phi.pt", seed + 1, ConvNet,
+                            dict(num_classes=n_classes, width=32),
+                            lambda net: train_classifier(net, cfg, device, "phi"), device)
+    # Scenes needs no evaluation classifier: its scorer is exact.
+    if cfg.dataset != "scenes":
+        saved["judge"] = prepared(folder / "judge.pt", 2, ConvNet,
+                                  dict(num_classes=n_classes, width=24),
+                                  lambda net: train_classifier(net, cfg, device, "judge"), device)
+
+    tokenizer = sample.load_network(saved["tokenizer"], device)
+    size, network, text = dict(K=tokenizer.K, L=tokenizer.L), MaskGIT, None
+    if cfg.dataset == "scenes":
+        network, text = MaskGen, sample.load_network(saved["text"], device)
+    else:
+        size["num_classes"] = n_classes
+    saved["teacher"] = prepared(
+        folder / "teacher.pt", 3, network, size,
+        lambda net: train_teacher(net, cfg, device, tokenizer, text), device)
+    return saved
+
+
+def official_networks(cfg, device):
+    """The paper's networks -> sample.Networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and
+    CLIP; DINOv3 as Phi. In a smoke run those of TINY."""
+    if cfg.smoke:
+        saved = {}
+        for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
             torch.manual_seed(seed)
-            model = network(**args).to(device)
-            train(model, steps, cfg, device, *others)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(path, dict(cls=network.__name__, args=args, state=model.state_dict(),
-                            file=path.name))
-        saved[part] = torch.load(path, map_location="cpu", weights_only=True)
-    return sample.load_part(saved[part], device)
+            saved[part] = dict(cls=network.__name__, args=args, state=network(**args).state_dict())
+        nets = sample.load_networks(saved, device)
+        nets.names = imagenet_names()
+    else:
+        nets = sample.load_official(cfg.dataset, cfg.weights, device)
+        path = find_backbone(BACKBONE, cfg.weights)
+        nets.phi = load_backbone(path, nets.tokenizer.image_size).to(device)
+    if nets.text is not None:
+        nets.captions = tok.read_captions(cfg.captions)
+        nets.names = nets.captions[:8]
+    return nets
 
 
 def prepare(cfg, device, saved):
     """Everything that distillation takes as given, trained where it is not there yet.
 
-    saved     what the checkpoint of the run to resume holds of its parts, or {}
-    returns   namespace of the networks tokenizer, teacher, phi, judge (None for captions) and text
-              (None for labels); names; captions to train with; saved and images, for the checkpoint
+    saved     the networks that the checkpoint holds of the run to resume, or {}
+    returns   sample.Networks without a student
     """
     if cfg.dataset in sample.OFFICIAL:
-        return official_parts(cfg, device, saved)
-    _, conditions, names = tok.world(cfg, "train")
-    parts = types.SimpleNamespace(text=None, judge=None, captions=None, names=names, saved=saved,
-                                  images=tok.fingerprint(cfg))
-    # Codes have length 1. Else those of the dark, middle and light background lie on one line, and
-    # the gradient of Eq. 8, which is linear in the codes, never raises the one between two others.
-    # Several small objects have more kinds of edges, and need more codes
-    vq, n_classes, seed = dict(l2norm=True), len(names), 0
-    if cfg.dataset == "scenes":
-        words = dict(width=128)
-        saved["text"] = dict(cls="Words", args=words, state=Words(**words).state_dict())
-        parts.text, parts.captions = sample.load_part(saved["text"], device), conditions
-        vq, n_classes, seed = dict(l2norm=True, K=256), len(tok.shapes_names()), 1
-    rest = (cfg, device, saved)
-    parts.tokenizer = prepared("tokenizer", seed, tok.VQGAN, vq, train_tokenizer,
-                               cfg.tokenizer_steps, *rest)
-    parts.phi = prepared("phi", seed + 1, ConvNet, dict(num_classes=n_classes, width=32),
-                         train_classifier, cfg.classifier_steps, *rest, "phi")
-    # scenes needs no judge: its scorer is exact
-    if parts.text is None:
-        parts.judge = prepared("judge", 2, ConvNet, dict(num_classes=n_classes, width=24),
-                               train_classifier, cfg.classifier_steps, *rest, "judge")
-    size = dict(K=parts.tokenizer.K, L=parts.tokenizer.L)
-    network = MaskGen
-    if parts.text is None:
-        network, size["num_classes"] = MaskGIT, n_classes
-    parts.teacher = prepared("teacher", 3, network, size, train_teacher, cfg.teacher_steps, *rest,
-                             parts.tokenizer, parts.text, before=saved["tokenizer"]["file"])
-    sample.set_text(parts.text, parts.teacher)
-    return parts
-
-
-def official_parts(cfg, device, saved):
-    """The paper's networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and CLIP; DINOv3 as Phi. As
-    of `prepare`; with --smoke those of TINY; with the GAN also feature_files, for
-    models.load_discriminator."""
-    if cfg.smoke:
-        for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
-            torch.manual_seed(seed)
-            saved[part] = dict(cls=network.__name__, args=args, state=network(**args).state_dict())
-        parts = sample.load_parts(saved, device)
-        parts.captions = parts.names = imagenet_names() if parts.text is None else sample.PROMPTS
+        nets = official_networks(cfg, device)
     else:
-        parts = sample.load_official(cfg.dataset, cfg.weights, device)
-        path = find_backbone(BACKBONE, cfg.weights)
-        parts.phi = load_backbone(path, parts.tokenizer.image_size).to(device)
-        if cfg.gan_weight:
-            parts.feature_files = {part: find_backbone(name, cfg.weights)
-                                   for part, name in FEATURE_NETWORKS.items()}
-        if parts.text is not None:
-            parts.captions = tok.read_captions(cfg.captions)
-            parts.names = parts.captions[:8]
-    parts.saved, parts.images = saved, ""
-    return parts
+        _, conditions, names = tok.world(cfg, "train")
+        nets = sample.load_networks(saved or small_networks(cfg, len(names), device), device)
+        nets.names, nets.captions = names, conditions
+    nets.cfg, nets.images = cfg, tok.fingerprint(cfg)
+    return nets
 
 
 # --------------------------------------------------------------------------------- distillation
-def draw_condition(parts, cfg, generator):
-    """The batch's condition: per_class times each of batch / per_class classes or captions, drawn
-    without replacement as far as there are that many. -> (B, ...)"""
-    groups = cfg.batch // cfg.per_class
-    n = len(parts.names if parts.text is None else parts.captions)
+def draw_condition(nets, cfg, generator):
+    """The condition of a batch: per_class times each of batch / per_class classes or captions,
+    drawn without replacement as long as there are enough. -> (B, ...)"""
+    repeats = cfg.per_class or 1
+    groups = cfg.batch // repeats
+    n = len(nets.names if nets.text is None else nets.captions)
     rounds = [torch.randperm(n, generator=generator, device=generator.device)
               for _ in range(math.ceil(groups / n))]
     c = torch.cat(rounds)[:groups]                                              # (G,)
-    if parts.text is not None:
-        # a caption is read once, however many drafts it gets
-        c = parts.text.encode([parts.captions[i] for i in c.tolist()])          # (G, rows, W)
-    return c.repeat_interleave(cfg.per_class, 0)
+    if nets.text is not None:
+        # A caption is encoded once, however many drafts it gets.
+        c = nets.text.encode([nets.captions[i] for i in c.tolist()])            # (G, rows, W)
+    return c.repeat_interleave(repeats, 0)
 
 
 def learning_rate(step, cfg):
     """Linear warm-up, constant, then a cosine to 0 over the last share cfg.decay of the run."""
-    # 1 where the fall begins, 0 after the last step
+    # 1 where the fall begins, 0 after the last step.
     left = (cfg.steps + 1 - step) / max(1, cfg.decay * cfg.steps)
     return cfg.lr * min(1, step / WARMUP) * (1 - math.cos(math.pi * min(1, left))) / 2
 
@@ -524,133 +590,220 @@ def update_ema(ema, student, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
-def distil(cfg, parts, folder, device):
-    """The loop. It leaves checkpoint.pt, log.jsonl, samples/ and pictures in `folder`.
+class Gan:
+    """The discriminator, its optimiser and its real images (Sec. 3.4).
+
+    Nothing else in the distillation sees a real image. Which ones a step takes follows from the
+    seed and the step.   .trained: what a checkpoint has to hold
+    """
+    def __init__(self, cfg, nets, device):
+        self.cfg, self.size = cfg, nets.tokenizer.image_size
+        # The heads of the discriminator begin with random weights.
+        torch.manual_seed(cfg.seed)
+        is_official = cfg.dataset in sample.OFFICIAL
+        if is_official and not cfg.smoke:
+            files = {part: find_backbone(name, cfg.weights)
+                     for part, name in FEATURE_NETWORKS.items()}
+            discriminator = load_discriminator(files, self.size, device)
+        else:
+            discriminator = Discriminator({"phi": nets.phi}, self.size, width=16).to(device)
+        self.images = (tok.image_files(cfg.data) if is_official
+                       else tok.world(cfg, "train")[0])
+        # As in StyleGAN-XL; the paper names no settings of its discriminator.
+        opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
+                               betas=(0.0, 0.99))
+        self.discriminator, self.opt = discriminator, opt
+        self.trained = dict(discriminator=discriminator, discriminator_opt=opt)
+
+    def real(self, n, seen):
+        """The n real images of the step before which `seen` drafts were seen. -> (n, 3, H, W) in
+        [-1, 1]. ValueError when the files cannot be read."""
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
+        images, misses = [], 0
+        while len(images) < n:
+            image = self.images[torch.randint(len(self.images), (), generator=generator)]
+            try:
+                is_file = isinstance(image, Path)
+                images.append(tok.read_image(image, self.size) if is_file else image)
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}")
+                misses += 1
+                if misses == len(self.images):
+                    raise
+        return tok.to_float(torch.stack(images))
+
+    def gradient(self, loss, images, step, generator, autocast):
+        """The gradient of L_total = L_drift + lambda L_gan at the decoded drafts.
+
+        loss (), images (B, 3, H, W)   the drift loss and the drafts it was computed from
+        returns   (B, 3, H, W); logs. The discriminator takes its step here.
+        The paper's lambda is chosen anew in every step, such that the GAN's gradient is gan_weight
+        times as large as the drift's: a weight then means the same for every network.
+        """
+        drift, = torch.autograd.grad(loss, images)                              # (B, 3, H, W)
+        seen = (step - 1) * len(images)                             # drafts before this step
+        real = self.real(len(images), seen).to(images)
+        gan, logs = fpd.gan_step(self.discriminator, self.opt, images, real, seen, generator,
+                                 autocast)
+        scale = self.cfg.gan_weight * drift.norm() / gan.norm().clamp(min=1e-12)
+        logs["gan_scale"] = scale                                   # lambda of the paper's sum
+        return drift + scale * gan, logs
+
+
+def save_checkpoint(folder, step, nets, trained, generator):
+    """checkpoint.pt: all that sample.py needs to draw, and that --resume needs to go on."""
+    states = {name: x.state_dict() for name, x in trained.items()}
+    save(folder / "checkpoint.pt",
+         dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names, parts=nets.saved,
+              images=nets.images, rng=generator.get_state(),
+              log_size=(folder / "log.jsonl").stat().st_size, **states))
+
+
+def load_checkpoint(folder, trained, generator):
+    """Fill networks and optimisers from checkpoint.pt -> its step. Lines that log.jsonl got after
+    it, before a kill, are cut off."""
+    saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    for name, x in trained.items():
+        x.load_state_dict(saved[name])
+    if dist.is_initialized() and dist.get_rank():
+        # The checkpoint has the generator of rank 0 alone; the others start a new sequence.
+        generator.manual_seed(generator.initial_seed() + saved["step"])
+    else:
+        generator.set_state(saved["rng"])
+        os.truncate(folder / "log.jsonl", saved["log_size"])
+    return saved["step"]
+
+
+def finite_numbers(values, step):
+    """0-dim tensors -> floats. This waits for the GPU. ValueError where one is not finite."""
+    numbers = {name: x.item() for name, x in values.items()}
+    for name, x in numbers.items():
+        if not math.isfinite(x):
+            raise ValueError(f"{name} is {x} at step {step}; the last checkpoint stays")
+    return numbers
+
+
+def distil(cfg, nets, folder, device):
+    """Train the student. It leaves checkpoint.pt, log.jsonl, samples/ and pictures in `folder`.
 
     Under torchrun every process draws its own conditions and drafts and compares them among
     themselves; gradients are averaged, and rank 0 writes.
     """
+    # ---------------------------------------- set-up: what is trained
     rank = dist.get_rank() if dist.is_initialized() else 0
-    # shapes stay the same from step to step: cuDNN benchmarks its convolution algorithms once
-    torch.backends.cudnn.benchmark = device == "cuda"
-    student = copy.deepcopy(parts.teacher).requires_grad_(True)
-    ema = copy.deepcopy(parts.teacher)
+    student = copy.deepcopy(nets.teacher).requires_grad_(True)
+    ema = copy.deepcopy(nets.teacher)
     opt = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0.0,
                             fused=True if device == "cuda" else None)
-    seed = cfg.seed + 1_000_003 * rank
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)
+    gan = Gan(cfg, nets, device) if cfg.gan_weight else None
+    baselines = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}
+    baseline = baselines[cfg.method](cfg, nets) if cfg.method in baselines else None
     trained = dict(student=student, ema=ema, opt=opt)
-    gan, baseline = None, None
-    if cfg.gan_weight:
-        gan = fpd.Gan(cfg, parts, device)
-        trained |= gan.trained
-    if cfg.method != "fpd":
-        baseline = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method](cfg, parts)
-        trained |= baseline.trained
-    # where the GPU has bfloat16, networks run in it, the decoder's weights too; the drift does not
+    for other in (gan, baseline):
+        trained |= other.trained if other else {}
+
+    # ---------------------------------------- set-up: speed on a GPU
+    # Where the GPU has bfloat16, networks run in it, the decoder's weights too; the drift does not.
     is_half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device, torch.bfloat16, enabled=is_half)
-    tokenizer = copy.deepcopy(parts.tokenizer).to(torch.bfloat16) if is_half else parts.tokenizer
-    lift = fpd.Lift(tokenizer, parts.phi, cfg)
-
-    def save_checkpoint(step):
-        states = {name: x.state_dict() for name, x in trained.items()}
-        save(folder / "checkpoint.pt",
-             dict(step=step, config=dataclasses.asdict(cfg), names=parts.names, parts=parts.saved,
-                  images=parts.images, rng=generator.get_state(), **states))
-
-    start = 0
-    if cfg.resume:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        start = saved["step"]
-        for name, x in trained.items():
-            # a run that began without the GAN can go on with it
-            if name in saved:
-                x.load_state_dict(saved[name])
-        generator.manual_seed(seed + start)
-        if rank == 0:
-            generator.set_state(saved["rng"])
-    elif rank == 0:
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        sample_grid(cfg, parts, ema, folder, 0)
-        save_checkpoint(0)
+    tokenizer = copy.deepcopy(nets.tokenizer).to(torch.bfloat16) if is_half else nets.tokenizer
+    lift, E = fpd.Lift(tokenizer, nets.phi, cfg), nets.tokenizer.E
+    # Shapes stay the same from step to step, so cuDNN searches for its fastest algorithms once.
+    torch.backends.cudnn.benchmark = device == "cuda"
     model = student
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
         model.K, model.L = student.K, student.L
-    # Ctrl-C and a scheduler's signal: the step under way is finished and saved (torchrun's
-    # processes would not stop after the same step, and simply end)
+
+    # ---------------------------------------- set-up: a new run, or the one to resume
+    start = load_checkpoint(folder, trained, generator) if cfg.resume else 0
+    if rank == 0:
+        teacher_rows = example_rows(nets, cfg)
+    if rank == 0 and not cfg.resume:
+        (folder / "log.jsonl").write_text("")
+        save_checkpoint(folder, 0, nets, trained, generator)
+        sample_grid(cfg, nets, ema, folder, 0, teacher_rows)
+    # After Ctrl-C or a scheduler's signal, the step under way is finished and saved. (The processes
+    # of torchrun would not stop after the same step, so they simply end.)
     signals = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     received = []
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
                 for number in signals}
-    bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps)
+    # A terminal gets a bar, a file a line every log_every steps.
+    is_terminal = sys.stdout.isatty()
+    bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps,
+               disable=None if is_terminal else True)
+
+    # ---------------------------------------- the loop
     for step in bar:
         opt.param_groups[0]["lr"] = learning_rate(step, cfg)
-        c = draw_condition(parts, cfg, generator)                               # (B, ...)
+        c = draw_condition(nets, cfg, generator)                                # (B, ...)
         if baseline:
-            with autocast:
-                loss, logs = baseline.step(model, c, step, generator)
-            loss.backward()
+            loss, logs = baseline.step(model, c, step, generator, autocast)
         else:
             with autocast:
-                loss, logs, images = fpd.fpd_step(model, parts.teacher, lift, parts.tokenizer.E,
-                                                  c, cfg, generator)            # Eq. 4 to 8
-            # the backward pass stops at the decoded drafts, where the GAN's gradient is scaled by
-            # that of the drift (Sec. 3.4), and then goes on through decoder and student
-            gradient, = torch.autograd.grad(loss, images)                       # (B, 3, H, W)
-            if gan:
-                with autocast:
-                    gradient, gan_logs = gan.add(gradient, images, step, generator)
-                logs |= gan_logs
-            images.backward(gradient)
+                loss, logs, images = fpd.fpd_step(model, nets.teacher, lift, E, c, cfg,
+                                                  generator)                    # Eq. 4 to 8
+        if gan:
+            # The two losses meet at the decoded drafts; the rest of the way back is common.
+            gradient, gan_logs = gan.gradient(loss, images, step, generator, autocast)
+            images.backward(gradient)                                           # Sec. 3.4
+            logs |= gan_logs
+        else:
+            loss.backward()
         logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         opt.step()
-        # at once, so that the gradients are gone while the next step's graph grows
+        # At once, so that the gradients are gone while the graph of the next step grows.
         opt.zero_grad(set_to_none=True)
-        # EMA with a ramp, so that the teacher's weights, its first ones, are soon forgotten
+        # The decay begins low, so that the teacher's weights are soon forgotten.
         update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))
+
+        is_logged = step % cfg.log_every == 0
         is_saved = step % cfg.save_every == 0 or step == cfg.steps or received
-        if step % cfg.log_every == 0 or is_saved:
-            # reading the numbers waits for the GPU, so not in every step
-            numbers = {name: x.item() for name, x in dict(loss=loss, **logs).items()}
-            for name, x in numbers.items():
-                if not math.isfinite(x):
-                    raise ValueError(f"{name} is {x} at step {step}: the run stops, and "
-                                     f"{folder}/checkpoint.pt stays as it was before")
+        if is_logged or is_saved:
+            numbers = finite_numbers(dict(loss=loss, **logs), step)
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", entropy=f"{numbers['entropy']:.2f}")
         if rank:
             continue
-        if step % cfg.log_every == 0:
+        if is_logged:
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(dict(step=step, **numbers)) + "\n")
-        if step % cfg.sample_every == 0:
-            sample_grid(cfg, parts, ema, folder, step)
+            if not is_terminal:
+                print(f"step {step} of {cfg.steps}: loss {numbers['loss']:.3f}", flush=True)
         if is_saved:
-            save_checkpoint(step)
+            save_checkpoint(folder, step, nets, trained, generator)
+        if step % cfg.sample_every == 0:
+            sample_grid(cfg, nets, ema, folder, step, teacher_rows)
         if received:
             how = "the same command" if cfg.ablations else f"train.py --resume --name {folder.name}"
             print(f"\nstopped after step {step}. Go on with: {how}")
             sys.exit(128 + received[0])
+
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def sample_grid(cfg, parts, ema, folder, step):
-    """samples/: teacher in 16 steps and in 1, student in 1, of the same labels or captions.
-    samples.gif: the sheets one after the other. step.png: one step of the training, now."""
-    c, captions = sample.grid_conditions(parts)
-    rows = []
-    for title, model, steps in (("teacher 16", parts.teacher, 16), ("teacher 1", parts.teacher, 1),
-                                ("student 1", ema, 0)):
-        images = sample.generate(model, parts.tokenizer, c, cfg, steps, seed=cfg.seed)
-        rows.append((title, images))
-    sample.step_grid(parts, ema, cfg).save(folder / "step.png")
+def example_rows(nets, cfg):
+    """The upper rows of every grid of samples: the teacher in 16 steps and in 1. -> rows as of
+    sample.image_grid"""
+    c, _ = sample.grid_conditions(nets)
+    return [(f"teacher {steps}", sample.generate(nets.teacher, nets.tokenizer, c, cfg, steps,
+                                                 seed=cfg.seed)) for steps in (16, 1)]
+
+
+def sample_grid(cfg, nets, ema, folder, step, teacher_rows):
+    """samples/: teacher in 16 steps and in 1, student in 1, for the same labels or captions.
+    samples.gif: these grids one after the other. step.png: one step of the training, now."""
+    c, captions = sample.grid_conditions(nets)
+    images = sample.generate(ema, nets.tokenizer, c, cfg, seed=cfg.seed)
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
-    sample.image_grid(rows, captions).save(samples / f"{step:06d}.png")
+    grid = sample.image_grid([*teacher_rows, ("student 1", images)], captions)
+    grid.save(samples / f"{step:06d}.png")
+    sample.step_grid(nets, ema, cfg).save(folder / "step.png")
     frames = []
-    for file in sorted(samples.glob("*.png")):
+    for file in sorted(file for file in samples.glob("*.png") if file.stem.isdecimal()):
         frame = Image.open(file).convert("RGB")
         frame.thumbnail((720, frame.height))
         ImageDraw.Draw(frame).text((6, 4), f"step {int(file.stem)}", "black")
@@ -660,53 +813,33 @@ def sample_grid(cfg, parts, ema, folder, step):
 
 
 # --------------------------------------------------------------------------------- ablations
-def teacher_passes(cfg):
-    """Passes of the teacher's network for each image of a batch in a run; guidance takes two."""
-    guided = 1 if cfg.refine_guidance == 1 else 2
-    if cfg.method == "sdtt":
-        # a canvas in 4 steps, of which MaskGIT's first is without guidance, in three of the four
-        # rounds; two steps as the target in each round, guided in the first
-        canvas = 8 if cfg.dataset == "scenes" else 7
-        return round(cfg.steps * (3 * canvas + 2 * guided + 2 + 2 + 2) / 4)
-    return cfg.steps * guided
-
-
-def ablation_rows(base):
-    """Those rows of ABLATIONS that differ from `base`, and the base itself -> a list like it. With
-    per_class 1 the whole batch is compared, and no row changes that."""
-    rows = []
-    for table, row, settings, paper in ABLATIONS:
-        changed = {name: value for name, value in settings.items()
-                   if getattr(base, name) != value and (name != "per_class" or base.per_class > 1)}
-        if changed or not settings:
-            rows.append((table, row, changed, paper))
-    return rows
-
-
-def ablate(base, parts, root, device):
+def ablate(base, nets, root, device):
     """Tables 3 and 4 in miniature: every row with each seed, over the same networks.
 
     base   Config, the settings that the rows share
-    root   the folder of their runs, <row>-<seed>/, and of report.json and report.png
+    root   the folder of their runs, <row>-<seed>/, and of report.jsonl and report.png
     A row that has its score.json is kept."""
     n = 48 if base.smoke else 960
-    parts.cfg = base
-    scorer = evaluate.scorer(parts, tok.world(base, "test")[:2], n)
-    rows, pictures, (c, captions) = [], [], sample.grid_conditions(parts)
-    for table, row, settings, paper in ablation_rows(base):
-        scores = []
+    scorer = evaluate.scorer(nets, n)
+    rows, pictures, (c, captions) = [], [], sample.grid_conditions(nets)
+    for table, row, settings, paper in ABLATIONS:
+        # Where the whole batch is compared, no row changes that. Rows equal to the base go.
+        is_whole, scores = base.per_class is None, []
+        settings = {name: value for name, value in settings.items()
+                    if getattr(base, name) != value and not (is_whole and name == "per_class")}
+        if not settings and row != ABLATIONS[0][1]:
+            continue
         for seed in range(base.seed, base.seed + base.ablations):
             slug = "-".join(re.sub("[^a-z0-9 ]", "", row.lower()).split())
             name = f"{slug}-{seed}"
             folder = root / name
             cfg = dataclasses.replace(base, **settings, seed=seed, name=f"{root.name}/{name}")
             if cfg.method == "sdtt":
-                # it asks the teacher as often as the base does, in four rounds of equal length
-                steps = cfg.steps * teacher_passes(base) / teacher_passes(cfg)
-                cfg.steps = max(4, 4 * round(steps / 4))
-            # a row that is there counts only for these settings and networks
-            files = {part: x.get("file") for part, x in parts.saved.items()}
-            made_with = json.dumps(dataclasses.asdict(cfg) | dict(ablations=0, parts=files))
+                # A step of SDTT takes about four times as many passes of the teacher's network.
+                cfg.steps = max(4, cfg.steps // 4)
+            # A row that is there counts only for these settings and networks.
+            made_with = json.dumps(dataclasses.asdict(cfg) | dict(
+                ablations=0, prepared=prepared_folder(cfg).name))
             folder.mkdir(exist_ok=True)
             config = folder / "config.json"
             if config.exists() and config.read_text() != made_with:
@@ -715,21 +848,20 @@ def ablate(base, parts, root, device):
             config.write_text(made_with)
             if not (folder / "score.json").exists():
                 print(f"\n{row}, seed {seed}: {folder}")
-                distil(cfg, parts, folder, device)
+                distil(cfg, dataclasses.replace(nets, cfg=cfg), folder, device)
                 run = sample.load_run(folder, device)
-                score = evaluate.score(run, run.student, 0, *scorer)
+                score = evaluate.score(run, run.student, None, *scorer)
                 (folder / "score.json").write_text(json.dumps(score, indent=1))
             scores.append(json.loads((folder / "score.json").read_text()))
         run = sample.load_run(root / f"{slug}-{base.seed}", device)
         title = f"{row}  {evaluate.headline(evaluate.means(scores))}"
-        pictures.append((title, sample.generate(run.student, run.tokenizer, c, run.cfg, 0)))
-        rows.append(dict(table=table, row=row, settings=settings, paper=paper,
-                         teacher_passes=teacher_passes(cfg), scores=scores))
+        pictures.append((title, sample.generate(run.student, run.tokenizer, c, run.cfg)))
+        rows.append(dict(table=table, row=row, settings=settings, paper=paper, scores=scores))
     for steps in (1, 16):
-        scores = [evaluate.score(parts, parts.teacher, steps, *scorer)]
+        scores = [evaluate.score(nets, nets.teacher, steps, *scorer)]
         rows.insert(0, dict(table="", row=f"teacher {steps}", settings={}, paper=None,
-                            teacher_passes=None, scores=scores))
-        images = sample.generate(parts.teacher, parts.tokenizer, c, base, steps)
+                            scores=scores))
+        images = sample.generate(nets.teacher, nets.tokenizer, c, base, steps)
         pictures.insert(0, (f"teacher {steps}  {evaluate.headline(scores[0])}", images))
     protocol = dict(dataset=base.dataset, smoke=base.smoke, images=n, seeds=base.ablations,
                     device=device, torch=torch.__version__, base=dataclasses.asdict(base))
@@ -738,7 +870,7 @@ def ablate(base, parts, root, device):
 
 # --------------------------------------------------------------------------------- the command
 def save_student(folder):
-    """student.pt: of a checkpoint, only what sample.py draws with, as float16."""
+    """student.pt: of a checkpoint, only what sample.py needs to draw, as float16."""
     saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     parts = {part: x for part, x in saved["parts"].items() if part in ("tokenizer", "text")}
     parts["student"] = saved["parts"]["teacher"] | dict(state=saved["ema"])
@@ -753,10 +885,10 @@ def new_folder(cfg):
     if cfg.resume:
         return Path("runs", cfg.name)
     method = "" if cfg.method == "fpd" else cfg.method
-    parts = (cfg.dataset, method, "smoke" if cfg.smoke else "")
-    name = cfg.name or "-".join(filter(None, parts))
+    words = (cfg.dataset, method, "smoke" if cfg.smoke else "")
+    name = cfg.name or "-".join(filter(None, words))
     if cfg.ablations:
-        # rows that are there are kept
+        # Rows that are there are kept.
         folder = Path("runs", f"ablations-{name}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -770,55 +902,70 @@ def new_folder(cfg):
                 raise
 
 
+def resumed_networks(cfg):
+    """The networks in the checkpoint of the run to resume -> as `saved` of `prepare`. ValueError
+    where the images are not those that the run was trained on."""
+    checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
+                            weights_only=True, mmap=True)
+    if checkpoint["images"] != tok.fingerprint(cfg):
+        raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
+    step = checkpoint["step"]
+    before = learning_rate(step, Config(**checkpoint["config"]))
+    after = learning_rate(step + 1, cfg)
+    if step > WARMUP and after > 1.01 * before:
+        print(f"more steps: the learning rate rises again, from {before:.1e} to {after:.1e}")
+    return checkpoint["parts"]
+
+
 def main():
+    # Settings and device.
     cfg = parse()
     device = "cuda" if cfg.gpus or (cfg.gpus is None and torch.cuda.is_available()) else "cpu"
-    rank = int(os.environ.get("RANK", 0))
-    if "RANK" in os.environ:
+    rank, is_parallel = int(os.environ.get("RANK", 0)), "RANK" in os.environ
+    if is_parallel:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))
     changed = [f"{field.name}={getattr(cfg, field.name)}" for field in dataclasses.fields(cfg)
                if getattr(cfg, field.name) != field.default]
     print(f"{device}, torch {torch.__version__}; settings (all: config.json): {' '.join(changed)}")
     if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.OFFICIAL:
-        # measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in pieces of 8
+        # Measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in pieces of 8.
         free = torch.cuda.mem_get_info()[0] / 1e9
         if free < (36 if cfg.dataset == "imagenet" else 54):
             cfg.lift_chunk = 8
             print(f"{free:.0f} GB of GPU memory are free: --lift-chunk 8")
+
+    # Prepare. Rank 0 does it, and the others, who wait, find its files.
     begin = time.time()
-    saved = {}
-    if cfg.resume:
-        checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
-                                weights_only=True, mmap=True)
-        saved, step = checkpoint["parts"], checkpoint["step"]
-        if checkpoint["images"] != tok.fingerprint(cfg):
-            raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
-        was = learning_rate(step, Config(**checkpoint["config"]))
-        now = learning_rate(step + 1, cfg)
-        if step > WARMUP and now > 1.01 * was:
-            print(f"the learning rate rises from {was:.1e} to {now:.1e}: it now falls later")
-    parts = prepare(cfg, device, saved)
+    saved = resumed_networks(cfg) if cfg.resume else {}
+    if rank:
+        dist.barrier()
+    nets = prepare(cfg, device, saved)
+    if is_parallel and rank == 0:
+        dist.barrier()
     folder = new_folder(cfg) if rank == 0 or cfg.resume else None
     minutes = f"minutes: prepare {(time.time() - begin) / 60:.1f}"
     if cfg.ablations:
-        ablate(cfg, parts, folder, device)
+        ablate(cfg, nets, folder, device)
         return
+
+    # Distil.
     if rank == 0:
         print(f"{folder}: distilling for {cfg.steps} steps")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     begin = time.time()
-    distil(cfg, parts, folder, device)
-    if dist.is_initialized():
+    distil(cfg, nets, folder, device)
+    if is_parallel:
         dist.destroy_process_group()
     if rank:
         return
     minutes += f", distil {(time.time() - begin) / 60:.1f}"
+
+    # Report.
     if cfg.dataset not in sample.OFFICIAL:
         begin = time.time()
-        run = sample.load_run(folder, device)
-        evaluate.report(run, tok.world(cfg, "test")[:2], folder)
+        evaluate.report(sample.load_run(folder, device), folder)
         minutes += f", report {(time.time() - begin) / 60:.1f}"
         save_student(folder)
     print(f"{minutes}\nthe pictures are in {folder}/; then try: python sample.py --run {folder}")
