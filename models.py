@@ -671,11 +671,12 @@ class Inception(nn.Module):
     """The feature network of FID and of the Inception Score (Szegedy et al. 2015), Google's of
     2015-12-05: timm's Inception-v3 but for how two kinds of blocks pool.
 
-    forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). Its two paths give
-    different scores:
-    "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
-    "legacy"        TensorFlow 1's resize and scaling, logits without bias: torch-fidelity, Di[M]O
-                    and the ADM references
+    forward(images (B, 3, H, W) uint8, path) -> features (B, 2048), logits (B, 1008)
+    The logits lack their bias, because the original Inception Score and torch-fidelity ignore it.
+    The path is one of two ways to resize the images, which give different scores:
+    "pytorch-fid"   torch's bilinear resize to 299 x 299, scaled to [-1, 1]
+    "legacy"        TensorFlow 1's resize and scaling, as in torch-fidelity, Di[M]O and the ADM
+                    references
     """
     def __init__(self):
         super().__init__()
@@ -691,10 +692,8 @@ class Inception(nn.Module):
         if path == "pytorch-fid":
             x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
             x = 2 * x - 1
-            bias = self.net.fc.bias
         else:
             x = (resize_tensorflow1(x, 299) - 128) / 128
-            bias = None
         # TF32, a GPU's default for convolutions, rounds to 10 bits, which changes the score
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, block in self.net.named_children():
@@ -714,7 +713,7 @@ class Inception(nn.Module):
                 branches = block._forward(x)[:-1]
                 x = torch.cat([*branches, block.branch_pool(pooled)], 1)
         features = x.mean((2, 3))                                       # (B, 2048)
-        return features, F.linear(features, self.net.fc.weight, bias)
+        return features, F.linear(features, self.net.fc.weight)         # no bias
 
 
 def load_inception(src):
