@@ -1,14 +1,15 @@
-"""models.py - the networks: student and teacher, text encoders, Phi and more; their weights.
+"""models.py - the networks of the paper, and how their official weights are loaded.
 
-MaskGIT              z (B, L) codes or mask, labels (B,) -> logits (B, L, K): teacher and student
-MaskGen              z, text c (B, rows, W) -> logits (B, L, K): the same with captions
-Words, TextEncoder   captions -> c (B, rows, W), row 0 pooled, then states: our own, and CLIP's
+MaskGIT              tokens z (B, L), labels (B,) -> logits (B, L, K): teacher and student
+MaskGen              tokens z (B, L), text c (B, rows, W) -> logits (B, L, K): the same for captions
+Words, TextEncoder   captions -> text c (B, rows, W), a pooled row, then states: our own, and CLIP's
 ConvNet, Backbone    images (B, 3, H, W) -> maps (B, D, h, w): Phi, small and large (Sec. 3.3)
-Discriminator        images -> logits (B, n): real or draft? For the optional GAN (Sec. 3.4)
+Discriminator        images -> logits (B, n), real or draft: for the optional GAN (Sec. 3.4)
 Inception            images -> features, logits: for FID and Inception Score (evaluate.py)
 
-One class serves the small worlds and the official network. Each load_* function knows the sizes of
-the released network and loads its file strictly, by the official key names.
+We call our own small data sets "worlds": shapes, scenes, and folder (the user's images). MaskGIT
+and MaskGen are small there; with official weights they have the released sizes. Each load_*
+function knows these sizes and loads the official file strictly, by its key names.
 """
 import math
 from collections import OrderedDict
@@ -24,32 +25,34 @@ from tokenizer import (SCENE_WORDS, load_tatitok, load_vqgan, load_weights, pars
 
 
 # ---------------------------------------------------------------- pretrained weights
-# The folder in which official files are looked for, unless --weights names another one
+# Official files are expected in this folder, unless --weights names another one.
 WEIGHTS = "weights"
 
 
 def find_weights(folder, name, repo, filename):
-    """Path of a weight file: <folder>/<name>, else that of a Hugging Face repository (downloaded
-    once). ValueError that names file, repository and place where there is neither."""
-    place = Path(folder, name)
-    if place.is_file():
-        return place
-    # imported here because it is slow, and the small worlds need no hub
+    """Path of a weight file: <folder>/<name> if it exists, otherwise the file of a Hugging Face
+    repository, which is downloaded once. If both fail, the ValueError says what to put where."""
+    path = Path(folder, name)
+    if path.is_file():
+        return path
+    # This import is slow, and the small worlds do not need it.
     from huggingface_hub import hf_hub_download
     try:
         return Path(hf_hub_download(repo, filename))
     except Exception as error:
-        # one of dozens of types: offline, no such repository, disk full, ...
-        raise ValueError(f"no weights at {place}, nor from the hub ({type(error).__name__}). Put "
-                         f"the file {filename} of repository {repo} (Hugging Face hub) there, or "
-                         "name another folder with --weights") from None
+        # There are dozens of types: offline, no such repository, disk full, ...
+        raise ValueError(f"there is no file {path}, and the Hugging Face hub cannot be reached or "
+                         f"does not have it ({type(error).__name__}). Download {filename} of "
+                         f"repository {repo} to this path, or name another folder with --weights"
+                         ) from None
 
 
 def import_timm():
-    """timm, even where torchvision does not fit torch, as PyPI's beside a CPU build of torch.
+    """Import timm even if the installed torchvision does not fit torch, for example PyPI's
+    torchvision beside a CPU build of torch.
 
-    Where torchvision's compiled part cannot be loaded, its import fails on two operators that are
-    then undefined. timm and open_clip use neither, so it is enough to declare them.
+    The compiled part of torchvision then cannot be loaded, and its import fails because two
+    operators are undefined. timm and open_clip use neither, so it is enough to declare them.
     """
     try:
         import torchvision  # noqa: F401
@@ -62,7 +65,7 @@ def import_timm():
 
 # ---------------------------------------------------------------- MaskGIT (Besnier and Chen 2023)
 class Residual(nn.Module):
-    """x + fn(norm(x)), with attention ("mha") or an MLP ("net") as fn."""
+    """x + fn(norm(x)), where fn is attention ("mha") or an MLP ("net")."""
     def __init__(self, width, **fn):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -76,23 +79,24 @@ class Residual(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """Bidirectional transformer over L image tokens and a class token. Defaults: a small world's.
+    """Bidirectional transformer over L image tokens and a class token. The default sizes are for
+    the small worlds.
 
-    One table of K + 1 + num_classes + 1 rows holds everything:
-        0 .. K-1 codes | K mask | K+1 .. K+num_classes classes | the last one: null class
+    One table with K + 1 + num_classes + 1 rows embeds codes, mask and classes:
+        0 .. K-1 codes | K mask | K+1 .. K+num_classes classes | the last row: null class
 
-    forward(z (B, L) long 0..K, labels (B,) long, drop (B,) bool | None: True = null class)
-        -> logits (B, L, K)
+    forward(z (B, L) long 0..K, labels (B,) long, drop (B,) bool or None) -> logits (B, L, K)
+    Where drop is True, the null class replaces the label.
     """
     def __init__(self, K=128, L=64, num_classes=24, width=128, depth=4, heads=4, mlp=512):
         super().__init__()
         self.K, self.L, self.num_classes = K, L, num_classes
         rows = K + 1 + num_classes + 1
         self.pos_emb = nn.Parameter(torch.zeros(1, L + 1, width))
-        # the output's bias: one number per position and row
+        # The bias of the output has one number per position and row of the table.
         self.bias = nn.Parameter(torch.zeros(L + 1, rows))
         self.tok_emb = nn.Embedding(rows, width)
-        # the official key names count the dropout modules, hence an Identity in place of each
+        # The official key names count the dropout modules, so an Identity replaces each of them.
         self.first_layer = nn.Sequential(
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width), nn.GELU(),
             nn.LayerNorm(width, eps=1e-12), nn.Identity(), nn.Linear(width, width))
@@ -110,8 +114,8 @@ class MaskGIT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Every layer begins by keeping the variance. Officially the standard deviation is 0.02
-        everywhere, with which small widths learn slowly at first."""
+        """Initialise every layer such that it keeps the variance. With the official standard
+        deviation, which is 0.02 everywhere, small widths learn slowly at first."""
         for p in self.parameters():
             if p is self.pos_emb or p is self.tok_emb.weight:
                 nn.init.normal_(p, std=0.02)
@@ -126,15 +130,15 @@ class MaskGIT(nn.Module):
         x = self.first_layer(x)
         for attention, mlp in self.transformer.layers:
             x = mlp(attention(x))
-        # over the codes alone: an answer is never "mask" or a class
+        # Only the codes have logits, so the network never predicts the mask or a class.
         x = self.last_layer(x[:, :self.L])                                      # (B, L, width)
         return x @ self.tok_emb.weight[:self.K].T + self.bias[:self.L, :self.K]
 
 
 def load_maskgit(src, **sizes):
     """The official MaskGIT, version 1: `pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth` of
-    llvictorll/Maskgit-pytorch on the hub. sizes: of a network of another size (tests)."""
-    # 16 heads, where the official default is 8: the shapes of the weights do not tell
+    llvictorll/Maskgit-pytorch on the hub. Tests replace some of the released sizes by `sizes`."""
+    # The released network has 16 heads. The default of its code is 8, and both fit the weights.
     released = dict(K=1024, L=256, num_classes=1000, width=768, depth=24, heads=16, mlp=3072)
     with torch.device("meta"):
         model = MaskGIT(**released | sizes)
@@ -142,23 +146,25 @@ def load_maskgit(src, **sizes):
 
 
 def imagenet_names():
-    """The names of the 1000 classes. Namesakes carry their number: "crane 134", "crane 517"."""
+    """The names of the 1000 classes. If two classes have the same name, their numbers are added:
+    "crane 134", "crane 517"."""
     import_timm()
     from timm.data import ImageNetInfo
     info = ImageNetInfo()
-    # the first of several synonyms
+    # Each description is a list of synonyms, of which we take the first.
     names = [info.index_to_description(i).split(",")[0] for i in range(1000)]
     return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 # ---------------------------------------------------------------- MaskGen (Kim et al. 2025)
-# How pleasing the images are to be: the score that the released configuration has for sampling
+# MaskGen's condition includes a score of how pleasing the image should be. The released
+# configuration samples with this one.
 AESTHETIC_SCORE = 6.5
 
 
 class AdaptiveNorm(nn.Module):
-    """n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates.
-    The LayerNorm itself, `modulate`, has no weights."""
+    """Computes n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates.
+    The LayerNorm to which they belong has no weights of its own; see `modulate`."""
     def __init__(self, width, n):
         super().__init__()
         self.n = n
@@ -169,14 +175,14 @@ class AdaptiveNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x (B, rows, width), shift and scale (B, 1, width)."""
+    """LayerNorm, then scale and shift. x (B, rows, width), shift and scale (B, 1, width)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        # the official keys: net.0.proj and net.2
+        # The official key names are net.0.proj and net.2.
         self.net = nn.ModuleList([nn.Module(), nn.Identity(), nn.Linear(4 * width, width)])
         self.net[0].proj = nn.Linear(width, 4 * width)
 
@@ -185,7 +191,7 @@ class FeedForward(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Image tokens and text states attend to both, each stream through its own projections."""
+    """Image tokens and text states all attend to each other, but have separate projections."""
     def __init__(self, width, heads, last):
         super().__init__()
         self.heads = heads
@@ -204,17 +210,18 @@ class JointAttention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, text):
-        """x (B, L, width), text (B, T, width) -> the same shapes, text before `to_add_out`."""
+        """x (B, L, width), text (B, T, width) -> the same shapes. The last projection of the text,
+        `to_add_out`, is left to JointBlock."""
         L = x.shape[1]
         q = self.split_heads(torch.cat([self.to_q(x), self.add_q_proj(text)], 1))
         k = self.split_heads(torch.cat([self.to_k(x), self.add_k_proj(text)], 1))
         v = self.split_heads(torch.cat([self.to_v(x), self.add_v_proj(text)], 1))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.to_out[0](mixed[:, :L]), mixed[:, L:]
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L + T, width)
+        return self.to_out[0](y[:, :L]), y[:, L:]
 
 
 class JointBlock(nn.Module):
-    """Block of Stable Diffusion 3. The last one reads the text without changing it."""
+    """A block of Stable Diffusion 3. The last block reads the text but does not change it."""
     def __init__(self, width, heads, last):
         super().__init__()
         self.last = last
@@ -228,46 +235,48 @@ class JointBlock(nn.Module):
     def forward(self, x, text, cond):
         """x (B, L, width), text (B, T, width), cond (B, width) -> x, text."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(cond)
-        of_text = self.norm1_context(cond)
         if self.last:
-            # the official layer gives them in this order
-            text_scale, text_shift = of_text
+            # In the official layer of the last block, the scale comes first.
+            text_scale, text_shift = self.norm1_context(cond)
         else:
-            text_shift, text_scale, text_gate = of_text[:3]
-            text_mlp_shift, text_mlp_scale, text_mlp_gate = of_text[3:]
-        from_x, from_text = self.attn(modulate(x, shift, scale),
-                                      modulate(text, text_shift, text_scale))
-        x = x + gate * from_x
+            (text_shift, text_scale, text_gate,
+             text_mlp_shift, text_mlp_scale, text_mlp_gate) = self.norm1_context(cond)
+        y, text_y = self.attn(modulate(x, shift, scale), modulate(text, text_shift, text_scale))
+        x = x + gate * y
         x = x + mlp_gate * self.ff(modulate(x, mlp_shift, mlp_scale))
         if not self.last:
-            text = text + text_gate * self.attn.to_add_out(from_text)
-            changed = self.ff_context(modulate(text, text_mlp_shift, text_mlp_scale))
-            text = text + text_mlp_gate * changed
+            text = text + text_gate * self.attn.to_add_out(text_y)
+            text_y = self.ff_context(modulate(text, text_mlp_shift, text_mlp_scale))
+            text = text + text_mlp_gate * text_y
         return x, text
 
 
 def score_encoding(score, width):
-    """Scores (B,) -> (B, width): sines, then cosines; the usual 10000 is 1000 here."""
+    """Sinusoidal encoding of scores (B,) -> (B, width), sines first, then cosines. The constant
+    1000 is the official one; 10000 is more usual."""
     half = width // 2
     exponents = -math.log(1000) * torch.arange(half, device=score.device) / half
-    # in float32 the last bit of exp depends on the processor, which moves angles of 650 by 4e-5
+    # exp is computed in float64, because its last bit in float32 depends on the processor, which
+    # changes angles of 650 by 4e-5.
     frequencies = exponents.double().exp().float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class MaskGen(nn.Module):
-    """Bidirectional transformer over L image tokens and text. Defaults: a small world's.
+    """Bidirectional transformer over L image tokens and text. The default sizes are for the small
+    worlds.
 
-    text_width    W, of the text c (B, rows, W): row 0 is the pooled vector, rows 1..T are what the
-                  image tokens attend to; further rows are not read
-    score_width   of the encoding of AESTHETIC_SCORE, which joins the pooled vector; 0: none
-    unused_rows   of the token table behind codes and mask; the official file has some
-    .empty        (1 + T, W), c of the empty caption, by which `drop` replaces c. Zeros until it is
-                  set (sample.set_text); not in the state dict
+    text_width    width W of the text c (B, rows, W). Row 0 of c is the pooled vector, and rows 1..T
+                  are the states that the image tokens attend to. Further rows are not read.
+    score_width   width of the encoding of AESTHETIC_SCORE, which is appended to the pooled vector;
+                  0 means no score
+    unused_rows   rows of the official token table that are neither codes nor mask
+    .empty        (1 + T, W), the text c of the empty caption. sample.set_text sets it; until then
+                  it is zero. It is not in the state dict.
 
-    forward(z (B, L) long 0..K, c (B, >= 1 + T, W), drop (B,) bool | None: True = empty caption)
-        -> logits (B, L, K)
+    forward(z (B, L) long 0..K, c (B, >= 1 + T, W), drop (B,) bool or None) -> logits (B, L, K)
+    Where drop is True, the empty caption replaces c.
     """
     def __init__(self, K=128, L=64, width=128, depth=4, heads=4, text_width=128, T=12,
                  score_width=0, unused_rows=0):
@@ -279,14 +288,15 @@ class MaskGen(nn.Module):
         self.blocks = nn.ModuleList(JointBlock(width, heads, last=i == depth - 1)
                                     for i in range(depth))
         self.norm = AdaptiveNorm(width, 2)
-        # 0 .. K-1 codes | K mask | unused; the output layer has the same weights
+        # 0 .. K-1 codes | K mask | unused. The output layer has the same weights.
         self.embeddings = nn.Embedding(K + 1 + unused_rows, width)
         self.register_buffer("empty", torch.zeros(1 + T, text_width), persistent=False)
         self.init_weights()
 
     def init_weights(self):
-        """Every layer begins by keeping the variance: with 0.02 everywhere, small widths need twice
-        the steps for the same loss. Gates of 0 make every block begin as the identity."""
+        """Initialise every layer such that it keeps the variance: with a standard deviation of 0.02
+        everywhere, small widths need twice the steps for the same loss. All gates are 0 at first,
+        so that every block starts as the identity."""
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -312,39 +322,42 @@ class MaskGen(nn.Module):
         x = self.embeddings(z) + self.pos_embed                                 # (B, L, width)
         for block in self.blocks:
             x, text = block(x, text, cond)
-        # the official layer gives them in this order
+        # In the official layer the scale comes first here as well.
         scale, shift = self.norm(cond)
-        # over the codes alone: an answer is never "mask"
+        # Only the codes have logits, so the network never predicts the mask.
         return modulate(x, shift, scale) @ self.embeddings.weight[:self.K].T    # (B, L, K)
 
 
 def load_maskgen(src, **sizes):
     """The official MaskGen-L VQ: `model.safetensors` of turkeyju/generator_maskgen_vq_l on the hub,
-    or `maskgen_vq_l.bin` of fun-research/MaskGen. sizes: of a network of another size (tests)."""
-    # the unused rows are those of 1000 classes and a null class
+    or `maskgen_vq_l.bin` of fun-research/MaskGen. Tests replace some of the released sizes by
+    `sizes`."""
+    # The unused rows are for 1000 classes and a null class.
     released = dict(K=8192, L=128, width=1024, depth=16, heads=16, text_width=768, T=77,
                     score_width=256, unused_rows=1001)
     state = dict(read_weights(src))
-    # the token table is the output layer, too: files have it under either name, or under both
+    # The token table is also the output layer. A file has it under one of the names, or both.
     if "lm_head.weight" in state:
-        table = state.pop("lm_head.weight")
-        state.setdefault("embeddings.weight", table)
+        state.setdefault("embeddings.weight", state["lm_head.weight"])
     with torch.device("meta"):
         model = MaskGen(**released | sizes)
-    load_weights(model, state)
-    # not in the file, hence made without values
+    load_weights(model, state, unused="lm_head.weight")
+    # `empty` is not in the file, so it has no values yet.
     model.empty.zero_()
     return model
 
 
 # ---------------------------------------------------------------- words: text of the scenes world
 class Words(nn.Module):
-    """Text c of the scenes world's captions, with nothing to learn: every row is a sum of random
-    vectors, one for each word of the caption and its distance from the row.
+    """Text encoder for the captions of the scenes world. It learns nothing: every row is a sum of
+    fixed random vectors. Each pair (word, distance of the word from the row) has its own vector.
 
-    So the row of "square" also tells that it is blue, and above something, as CLIP's rows do. The
-    small teacher's few minutes do not suffice to learn that from words and positions alone.
-    width: W. T: rows; captions have at most 8 words
+    In this way the row of "square" also contains that the square is blue and above something, like
+    CLIP's states. The small teacher trains for a few minutes, which is too short to learn this from
+    words and positions alone.
+
+    width   W, the width of c
+    T       number of rows after the pooled one. Captions have at most 8 words.
     """
     def __init__(self, width=128, T=12):
         super().__init__()
@@ -354,96 +367,98 @@ class Words(nn.Module):
         self.register_buffer("vectors", vectors)
 
     def encode(self, captions):
-        """Captions, a list of str -> c (B, 1 + T, W). Row 0 stands before the first word, row i at
-        the i-th; rows behind the last word are zeros, as is all of "", which means "no condition".
-        ValueError for what parse_caption does not know."""
+        """Captions, a list of str -> c (B, 1 + T, W). Row i belongs to the i-th word, row 0 to the
+        place before the first word. Rows after the last word are zero. All rows of "" are zero; it
+        means "no condition". ValueError for captions that parse_caption does not know."""
         c = self.vectors.new_zeros(len(captions), 1 + self.T, self.vectors.shape[2])
         for row, caption in zip(c, captions):
             if not caption.strip():
                 continue
             parse_caption(caption)
             words = torch.tensor([SCENE_WORDS.index(word) for word in caption.lower().split()])
-            at = torch.arange(len(words) + 1)
-            # of each word from each row, between -T and T
-            distance = at[1:] - at[:, None]                             # (1 + words, words)
-            row[at] = self.vectors[self.T + distance, words].sum(1) / len(words) ** 0.5
+            position = torch.arange(len(words) + 1)
+            # The distance of each word from each row is between -T and T.
+            distance = position[1:] - position[:, None]                 # (1 + words, words)
+            row[position] = self.vectors[self.T + distance, words].sum(1) / len(words) ** 0.5
         return c
 
 
 # ---------------------------------------------------------------- CLIP (Radford et al. 2021)
 class TextEncoder(nn.Module):
-    """The text tower of CLIP ViT-L/14-336 as open_clip builds it (its name there:
-    ViT-L-14-336-quickgelu), with random weights.
+    """The text encoder of CLIP ViT-L/14-336 as open_clip builds it under the name
+    ViT-L-14-336-quickgelu, with random weights.
 
-    It makes the text c of MaskGen-L and TA-TiTok, (B, 1 + 77 + 77, width) float32:
-        row 0        the pooled vector: the final state at the end of the text, projected
-        rows 1..77   states before the last block, without final norm: what MaskGen attends to
-        the last 77  states after the last block and the final norm: what guides TA-TiTok
+    It computes the text c of MaskGen-L and TA-TiTok, (B, 1 + 77 + 77, width) float32:
+        row 0        the pooled vector: the final state of the end token, projected
+        rows 1..77   states before the last block, without the final norm; MaskGen attends to them
+        the last 77  states after the last block and the final norm; TA-TiTok's decoder reads them
     """
     def __init__(self, width=768, depth=12, heads=12):
         super().__init__()
-        # open_clip imports torchvision as well
+        # open_clip imports torchvision as well, which import_timm makes possible.
         import_timm()
         from open_clip import get_tokenizer
         from open_clip.transformer import QuickGELU, TextTransformer
         self.tokenizer = get_tokenizer("ViT-L-14-336-quickgelu")
         self.tower = TextTransformer(width=width, layers=depth, heads=heads, output_dim=width,
                                      act_layer=QuickGELU)
-        # OpenAI trained with x sigmoid(1.702 x). Some releases of open_clip build these towers with
-        # GELU and only warn, and every text comes out slightly wrong
+        # OpenAI trained CLIP with QuickGELU, x sigmoid(1.702 x). Some releases of open_clip build
+        # the network with GELU and only print a warning: every text is then slightly wrong.
         blocks = self.tower.transformer.resblocks
         if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks):
-            raise ValueError("this release of open_clip builds CLIP's text tower without QuickGELU")
+            raise ValueError("this release of open_clip builds CLIP without QuickGELU")
 
     @torch.no_grad()
     def states(self, ids):
-        """Token ids (B, 77), 0 behind the end token -> c (B, 155, width)."""
+        """Token ids (B, 77), which are 0 after the end token -> c (B, 155, width)."""
         tower = self.tower
         x = tower.token_embedding(ids) + tower.positional_embedding     # (B, 77, width)
         for block in tower.transformer.resblocks:
             before_last = x
             x = block(x, attn_mask=tower.attn_mask)
         x = tower.ln_final(x)
-        # the end token has the largest id
+        # The end token has the largest id.
         end = ids.argmax(1)                                             # (B,)
         pooled = x[torch.arange(len(x), device=x.device), end] @ tower.text_projection
         return torch.cat([pooled[:, None], before_last, x], 1).float()
 
     def encode(self, captions):
-        """Captions, a list of str -> c (B, 155, width). "" is the empty caption, which stands for
-        "no condition". What is longer than 75 tokens is cut off."""
+        """Captions, a list of str -> c (B, 155, width). The empty caption "" means "no condition".
+        Captions are cut off after 75 tokens."""
         ids = self.tokenizer(captions)                                  # (B, 77)
-        # non_blocking: without waiting for the work that a GPU has still to do
+        # non_blocking means that the copy does not wait until the GPU has finished earlier work.
         return self.states(ids.to(self.tower.positional_embedding.device, non_blocking=True))
 
 
 def load_text_encoder(src):
-    """CLIP's text tower with OpenAI's weights: `open_clip_model.safetensors` of
-    timm/vit_large_patch14_clip_336.openai, what open_clip's tag "openai" loads."""
+    """CLIP's text encoder with OpenAI's weights: `open_clip_model.safetensors` of
+    timm/vit_large_patch14_clip_336.openai, which open_clip loads for its tag "openai"."""
     encoder = TextEncoder()
     load_weights(encoder.tower, src, unused=("visual.", "logit_scale"))
     return encoder.eval()
 
 
-# ---------------------------------------------------------------- Phi and judge of the small worlds
+# ---------------------------------------------------------------- Phi of the small worlds
 class ConvNet(nn.Module):
-    """A small residual classifier, trained here on the world's classes. Used twice, with different
-    seeds and widths: as Phi, and as the judge of the samples, in evaluate.py alone."""
+    """A small residual classifier, which train.py trains on the classes of a world. It is used
+    twice, with different seeds and widths: as Phi, and as the "judge". This is our name for the
+    evaluation classifier, which only evaluate.py uses."""
     def __init__(self, num_classes=24, width=32):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
-        # channels in, channels out, stride
+        # Input channels, output channels and stride of each block.
         sizes = [(width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
                  (2 * width, 4 * width, 2)]
-        self.blocks = nn.ModuleList(self.block(a, b, stride) for a, b, stride in sizes)
-        self.skips = nn.ModuleList(nn.Conv2d(a, b, 1, stride=stride) for a, b, stride in sizes)
+        self.blocks = nn.ModuleList(self.block(*size) for size in sizes)
+        self.skips = nn.ModuleList(nn.Conv2d(c_in, c_out, 1, stride=stride)
+                                   for c_in, c_out, stride in sizes)
         self.head = nn.Linear(4 * width, num_classes)
 
     @staticmethod
-    def block(a, b, stride):
+    def block(c_in, c_out, stride):
         return nn.Sequential(
-            nn.Conv2d(a, b, 3, stride=stride, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
-            nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b))
+            nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
+            nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out))
 
     def maps(self, images, blocks=(0, 1, 2, 3)):
         """Images (B, 3, H, W) in [-1, 1] -> the outputs of these blocks, each (B, D, h, w)."""
@@ -455,7 +470,7 @@ class ConvNet(nn.Module):
         return [maps[i] for i in blocks]
 
     def forward(self, images):
-        """-> features (B, 4 width), logits (B, num_classes)."""
+        """Images (B, 3, H, W) -> features (B, 4 width), logits (B, num_classes)."""
         features = self.maps(images)[-1].mean((2, 3))
         return features, self.head(features)
 
@@ -468,24 +483,24 @@ class Backbone(nn.Module):
     """The feature network Phi of Sec. 3.3, with random weights: DINOv3 ViT-B/16, or another vision
     transformer by its name in timm.
 
-    image_size   pixels per side that it looks at; images of other sizes are resized to it. With a
-                 fixed size, DINOv3 computes its encoding of positions once, not in every pass
+    image_size   pixels per side of its input; other images are resized. The size is fixed because
+                 DINOv3 then computes its encoding of positions once, not in every pass.
     """
     def __init__(self, name=BACKBONE, image_size=256):
         super().__init__()
         self.image_size = image_size
         self.net = import_timm().create_model(name, num_classes=0, img_size=image_size,
                                               dynamic_img_size=False)
-        # of the images that it was trained on; not in its file
+        # Its training images were normalised with these two, which are not among its weights.
         for key in ("mean", "std"):
             value = torch.tensor(self.net.pretrained_cfg[key]).view(1, 3, 1, 1)
             self.register_buffer(key, value, persistent=False)
 
     def maps(self, images, blocks=(2, 5, 8, 11)):
-        """Images (B, 3, H, W) in [-1, 1] -> the raw outputs of these blocks, without final norm and
-        without class and register tokens: (B, D, image_size / patch, image_size / patch) each.
+        """Images (B, 3, H, W) in [-1, 1] -> the raw outputs of these blocks, without the final norm
+        and without class and register tokens: (B, D, image_size / patch, image_size / patch) each.
 
-        Gradients reach the images. Values beyond [-1, 1] are not clamped (Sec. 3.3).
+        Gradients reach the images. Values outside [-1, 1] are not clamped (Sec. 3.3).
         """
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear")
@@ -495,27 +510,27 @@ class Backbone(nn.Module):
 
 
 def find_backbone(name, folder):
-    """Path of a timm network's weights: <folder>/<name>.safetensors, else from the hub."""
+    """Path of the weights of a timm network: <folder>/<name>.safetensors, or the hub's file."""
     repo = import_timm().get_pretrained_cfg(name).hf_hub_id
     return find_weights(folder, f"{name}.safetensors", repo, "model.safetensors")
 
 
 def load_backbone(src, image_size=256, name=BACKBONE):
-    """A vision transformer with pretrained weights, from a path or state dict with timm's keys."""
+    """A vision transformer with pretrained weights. src: path or state dict, with timm's keys."""
     backbone = Backbone(name, image_size)
-    # classifiers, and constants of the positions that timm computes itself
+    # Not needed: classifiers, and constants of the position encoding, which timm computes itself.
     load_weights(backbone.net, src, unused=("head.", "head_dist.", "rope."))
     return backbone.eval()
 
 
 # ---------------------------------------------------------------- the discriminator (Sec. 3.4)
-# StyleGAN-XL's feature networks by timm's names: a vision transformer and a convolutional one
+# StyleGAN-XL's feature networks, a vision transformer and a convolutional one: their timm names.
 FEATURE_NETWORKS = {"deit": "deit_base_distilled_patch16_224",
                     "efficientnet": "tf_efficientnet_lite0"}
 
 
 class EfficientNet(nn.Module):
-    """The convolutional feature network. It looks at images of 224 x 224 pixels or more."""
+    """The convolutional feature network. Images smaller than 224 x 224 pixels are enlarged."""
     def __init__(self):
         super().__init__()
         self.net = import_timm().create_model(FEATURE_NETWORKS["efficientnet"], features_only=True,
@@ -529,18 +544,19 @@ class EfficientNet(nn.Module):
 
 
 class Projection(nn.Module):
-    """Mixes the maps of a feature network over channels and scales, at random (Sauer et al. 2021),
-    so that the heads cannot settle on a few channels. Never trained.
+    """Mixes the maps of a feature network over channels and scales with random weights, which are
+    never trained (Sauer et al. 2021). This keeps the discriminator from using a few channels only.
 
-    maps    (B, D, h, w), four from fine to coarse, of which only the shapes matter here: each mixed
-            map has the size of the next finer one, the finest twice its own
+    maps    four example maps (B, D, h, w) from fine to coarse, of which only the shapes are used.
+            The finest mixed map is twice as large as the finest map, and every other one is as
+            large as the next finer map.
     width   channels of the finest mixed map
     """
     def __init__(self, maps, width):
         super().__init__()
         D = [m.shape[1] for m in maps]
         if maps[0].shape == maps[3].shape:
-            # a vision transformer's maps, of one size: they are made into a pyramid
+            # The maps of a vision transformer have one size. They are resized to form a pyramid.
             D = [D[0] // 8, D[0] // 4, D[0] // 2, D[0]]
             resize = [nn.ConvTranspose2d(D[0], D[0], 4, stride=4),
                       nn.ConvTranspose2d(D[1], D[1], 2, stride=2),
@@ -548,12 +564,12 @@ class Projection(nn.Module):
                       nn.Conv2d(D[3], D[3], 3, stride=2, padding=1)]
             self.pretrained = nn.ModuleDict()
             for i, m in enumerate(maps):
-                # "3", "4": the official keys count the reshaping before
+                # In the official keys, "3" and "4" follow three layers that reshape.
                 layers = OrderedDict({"3": nn.Conv2d(m.shape[1], D[i], 1), "4": resize[i]})
                 self.pretrained[f"layer{i + 1}"] = nn.Sequential(layers)
         self.scratch = nn.ModuleDict()
         for i, channels in enumerate([width, 2 * width, 4 * width, 8 * width]):
-            # ccm: cross-channel mixing, csm: cross-scale mixing
+            # ccm is cross-channel mixing, and csm is cross-scale mixing.
             self.scratch[f"layer{i}_ccm"] = nn.Conv2d(D[i], channels, 1)
             out_conv = nn.Conv2d(channels, max(width, channels // 2), 1)
             self.scratch[f"layer{i}_csm"] = nn.ModuleDict({"out_conv": out_conv})
@@ -565,19 +581,19 @@ class Projection(nn.Module):
         h, w = maps[0].shape[2:]
         sizes = [(2 * h, 2 * w)] + [m.shape[2:] for m in maps[:3]]
         mixed = []
-        below = 0.0
+        coarser = 0.0
         for i in (3, 2, 1, 0):
-            x = self.scratch[f"layer{i}_ccm"](maps[i]) + below
+            x = self.scratch[f"layer{i}_ccm"](maps[i]) + coarser
             x = self.scratch[f"layer{i}_csm"]["out_conv"](x)
-            # officially it is enlarged before out_conv, which is the same for four times the work
-            below = F.interpolate(x, sizes[i], mode="bilinear", align_corners=True)
-            mixed.insert(0, below)
+            # The official code enlarges before out_conv: the same result for four times the work.
+            coarser = F.interpolate(x, sizes[i], mode="bilinear", align_corners=True)
+            mixed.insert(0, coarser)
         return mixed
 
 
 def head(channels, size, width):
-    """A small network with spectral norm, (B, channels, size, size) -> (B, 1, n, n): it halves the
-    side until it is about 8, then come the logits; n is 4 or 5 for maps of 8 pixels and more."""
+    """A small network with spectral norm: (B, channels, size, size) -> logits (B, 1, n, n). It
+    halves the maps until their side is about 8. If size is at least 8, n is 4 or 5."""
     halvings = max(1, round(math.log2(size / 8)))
     layers = []
     for i in range(halvings):
@@ -592,23 +608,23 @@ def head(channels, size, width):
 
 
 class Discriminator(nn.Module):
-    """The projected discriminator of StyleGAN-XL (Sauer et al. 2022), unconditional: feature
-    network -> `Projection` -> four heads, for each feature network. Only the heads are trained.
+    """The projected discriminator of StyleGAN-XL (Sauer et al. 2022), unconditional. Each feature
+    network is followed by a `Projection` and four heads. Only the heads are trained.
 
-    networks     name -> module with .maps(images (B, 3, H, W) in [-1, 1]) -> four maps, fine to
-                 coarse: StyleGAN-XL's two (`load_discriminator`) or Phi alone (the small worlds)
+    networks     dict: name -> module with .maps(images (B, 3, H, W) in [-1, 1]) -> four maps from
+                 fine to coarse: StyleGAN-XL's two (`load_discriminator`), or Phi (small worlds)
     image_size   pixels per side of the images
     width        channels of the finest mixed map
 
-    forward(images, augment=None: a function of images, called anew for each network)
-        -> list of logits (B, n), one per network
-    In training mode the heads' BatchNorm takes its statistics from the batch: real images and
-    drafts go through in separate calls.
+    forward(images, augment=None) -> list of logits (B, n), one entry per network
+    The function `augment` is applied to the images, separately for each network. In training mode
+    the BatchNorm of the heads normalises with the statistics of the batch, so real images and
+    drafts have to be passed in separate calls.
     """
     def __init__(self, networks, image_size=256, width=64):
         super().__init__()
-        # a plain dict: as submodules, the frozen networks would be saved with the discriminator,
-        # and its train() would reach them
+        # This is a plain dict because submodules would be saved with the discriminator, and its
+        # train() would take them out of eval mode.
         self.networks = dict(networks)
         self.feature_networks = nn.ModuleDict()
         self.discriminators = nn.ModuleDict()
@@ -627,17 +643,17 @@ class Discriminator(nn.Module):
     def forward(self, images, augment=None):
         logits = []
         for name, network in self.networks.items():
-            seen = augment(images) if augment else images
-            mixed = self.feature_networks[name](network.maps(seen))
+            x = augment(images) if augment else images
+            mixed = self.feature_networks[name](network.maps(x))
             heads = self.discriminators[name]["mini_discs"]
-            of_heads = [head(m).flatten(1) for head, m in zip(heads, mixed)]
-            logits.append(torch.cat(of_heads, 1))                       # (B, n)
+            head_logits = [head(m).flatten(1) for head, m in zip(heads, mixed)]
+            logits.append(torch.cat(head_logits, 1))                    # (B, n)
         return logits
 
 
 def load_discriminator(weights, image_size=256, device="cpu"):
-    """StyleGAN-XL's discriminator: pretrained feature networks; all else is random, as when its
-    training began. weights: {"deit": ..., "efficientnet": ...}, as of load_backbone."""
+    """StyleGAN-XL's discriminator before its training: the feature networks are pretrained, all
+    other weights are random. weights: {"deit": path, "efficientnet": path}, or state dicts."""
     deit = load_backbone(weights["deit"], 224, FEATURE_NETWORKS["deit"])
     efficientnet = EfficientNet()
     load_weights(efficientnet.net, weights["efficientnet"],
@@ -648,34 +664,36 @@ def load_discriminator(weights, image_size=256, device="cpu"):
 
 
 # ---------------------------------------------------------------- FID's Inception (2015)
-# Not on the hub: from https://github.com/mseitzer/pytorch-fid, release fid_weights
+# The file is not on the hub. Get it from https://github.com/mseitzer/pytorch-fid, release
+# fid_weights.
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def resize_tensorflow1(x, size):
-    """Bilinear, source coordinate = i * in / out without the half pixel, no antialiasing.
-    (B, C, H, W) float -> (B, C, size, size)."""
+    """Bilinear resize of TensorFlow 1: (B, C, H, W) float -> (B, C, size, size). Output pixel i is
+    read at i * in / out, without the usual half pixel, and there is no antialiasing."""
     def neighbours(n):
-        # float32, like the original: the last bits count here
-        at = torch.arange(size, dtype=x.dtype, device=x.device) * (n / size)
-        low = at.long()
-        return low, (low + 1).clamp(max=n - 1), at - low
-    low, high, share = neighbours(x.shape[3])
-    x = x[..., low] * (1 - share) + x[..., high] * share                # (B, C, H, size)
-    low, high, share = neighbours(x.shape[2])
-    share = share[:, None]
-    return x[:, :, low] * (1 - share) + x[:, :, high] * share
+        # This is float32, like the original, because the last bits matter here.
+        position = torch.arange(size, dtype=x.dtype, device=x.device) * (n / size)
+        low = position.long()
+        return low, (low + 1).clamp(max=n - 1), position - low
+    low, high, weight = neighbours(x.shape[3])
+    x = x[..., low] * (1 - weight) + x[..., high] * weight              # (B, C, H, size)
+    low, high, weight = neighbours(x.shape[2])
+    weight = weight[:, None]
+    return x[:, :, low] * (1 - weight) + x[:, :, high] * weight
 
 
 class Inception(nn.Module):
-    """The feature network of FID and of the Inception Score (Szegedy et al. 2015), Google's of
-    2015-12-05: timm's Inception-v3 but for how two kinds of blocks pool.
+    """The feature network of FID and of the Inception Score (Szegedy et al. 2015), in Google's
+    version of 2015-12-05. It is timm's Inception-v3, but two kinds of blocks pool differently.
 
-    forward(images (B, 3, H, W) uint8) -> features (B, 2048), logits (B, 1008). Its two paths give
-    different scores:
-    "pytorch-fid"   torch's bilinear resize to 299, [-1, 1]
-    "legacy"        TensorFlow 1's resize and scaling, logits without bias: torch-fidelity, Di[M]O
-                    and the ADM references
+    forward(images (B, 3, H, W) uint8, path) -> features (B, 2048), logits (B, 1008)
+    The logits lack their bias, because the original Inception Score and torch-fidelity ignore it.
+    The path is one of two ways to resize the images, which give different scores:
+    "pytorch-fid"   torch's bilinear resize to 299 x 299, scaled to [-1, 1]
+    "legacy"        TensorFlow 1's resize and scaling, as in torch-fidelity, Di[M]O and the ADM
+                    references
     """
     def __init__(self):
         super().__init__()
@@ -685,17 +703,15 @@ class Inception(nn.Module):
     def forward(self, images, path="pytorch-fid"):
         assert path in ("pytorch-fid", "legacy"), path
         if images.dtype != torch.uint8:
-            raise ValueError(f"Inception wants uint8 images, got {images.dtype}: rounding to 8 "
+            raise ValueError(f"Inception needs uint8 images, not {images.dtype}: rounding to 8 "
                              "bits is part of the score")
         x = images.to(self.net.fc.weight.device).float()
         if path == "pytorch-fid":
             x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
             x = 2 * x - 1
-            bias = self.net.fc.bias
         else:
             x = (resize_tensorflow1(x, 299) - 128) / 128
-            bias = None
-        # TF32, a GPU's default for convolutions, rounds to 10 bits, which changes the score
+        # TF32, the default of a GPU for convolutions, rounds to 10 bits, which changes the score.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, block in self.net.named_children():
                 if name == "global_pool":
@@ -703,29 +719,29 @@ class Inception(nn.Module):
                 if not hasattr(block, "branch_pool"):
                     x = block(x)
                     continue
-                # a block of parallel branches, whose last one pools in the original's way
+                # The block has parallel branches, of which the last one begins with pooling.
                 if name == "Mixed_7c":
-                    # a slip of the original in its last block, now part of FID
+                    # In its last block the original takes the maximum by mistake, and so does FID.
                     pooled = F.max_pool2d(x, 3, stride=1, padding=1)
                 else:
-                    # TensorFlow averages without the padding
+                    # TensorFlow does not count the padding in the average, but timm does.
                     pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-                # the last one of timm's branches is its own pooling
+                # The last branch that timm computes has timm's pooling, so it is left out.
                 branches = block._forward(x)[:-1]
                 x = torch.cat([*branches, block.branch_pool(pooled)], 1)
         features = x.mean((2, 3))                                       # (B, 2048)
-        return features, F.linear(features, self.net.fc.weight, bias)
+        return features, F.linear(features, self.net.fc.weight)         # no bias
 
 
 def load_inception(src):
-    """The FID Inception, from pytorch-fid's file or torch-fidelity's, which is equal."""
+    """The Inception network of FID. The files of pytorch-fid and torch-fidelity are equal."""
     inception = Inception()
     load_weights(inception.net, src)
     return inception.eval()
 
 
 # ---------------------------------------------------------------- the paper's public networks
-# On the Hugging Face hub: repository, file, loader
+# Each entry has a repository on the Hugging Face hub, a file in it, and the function that loads it.
 MASKGIT_REPO = "llvictorll/Maskgit-pytorch"
 OFFICIAL = {
     "imagenet": {
@@ -737,11 +753,14 @@ OFFICIAL = {
         "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
         "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors",
                  load_text_encoder)}}
-# How the public teachers are sampled. MaskGIT: the settings that Di[M]O's code has for it (their
-# w = 3 is our guidance 4). MaskGen: its authors' configuration (their guidance 12 is our 13)
+# How the public teachers are sampled. The guidance s grows to this value during sampling, and the
+# Gumbel noise falls from this value to 0. The guided logits are u + s (c - u), where c has the
+# condition and u does not, so s = 1 means no guidance.
+# MaskGIT: the settings of Di[M]O's code, whose w = 3 is our 4 and whose r_temp is our noise.
+# MaskGen: its authors' configuration, whose guidance 12 is our 13.
 PUBLIC = {"imagenet": dict(sample_guidance=4.0, confidence_noise=4.5),
           "laion": dict(sample_guidance=13.0, confidence_noise=2.0)}
-# What the public MaskGen draws where no prompt is given
+# The public MaskGen draws these prompts if none are given.
 PROMPTS = ["a photo of a dog", "a red car next to a blue house",
            "three green apples on a wooden table", "a lighthouse at sunset", "a bowl of soup",
            "a small boat on a lake in the mountains", "an astronaut riding a horse",

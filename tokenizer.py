@@ -1,5 +1,5 @@
-"""tokenizer.py - images and tokens (Sec. 3.1): where images and captions come from, and the two
-networks that turn images into codes and back, VQGAN and TA-TiTok.
+"""tokenizer.py - images and tokens (Sec. 3.1): our own small data sets, and the two networks that
+turn images into tokens and back, VQGAN and TA-TiTok.
 
     shapes() / scenes() / folder()  -->  images (N, 3, H, W)  -- encode -->  z (B, L) codes 0..K-1
                                                ^                                |
@@ -8,10 +8,11 @@ networks that turn images into codes and back, VQGAN and TA-TiTok.
                                                +------------ decode <-----------+
                                                  (fpd.py's straight-through embeddings enter here)
 
-Images are float in [-1, 1] between functions; datasets are kept as uint8 to save memory.
-This file imports none of our files. It also has the one reader of pretrained weights.
+We call our own small data sets "worlds": shapes and scenes are drawn here, folder is the user's
+images. Images are float in [-1, 1] between functions; data sets are kept as uint8 to save memory.
+This file imports none of our files. All pretrained weights are read by its last section.
 
-    B images in the batch   L tokens per image, VQGAN's as P x P   K codes   d their width
+    B images in the batch   L tokens per image (VQGAN: P x P)   K codes   d width of a code
 """
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import pickle
 import random
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 # -------------------------------------------------------------------- images: the shapes world
-# RGB in [-1, 1]. Every class is one colour and one shape, in the order of shapes_names().
+# Every class of this world is one colour and one shape. Colours are RGB in [-1, 1].
 COLOURS = {"red": (.9, -.75, -.75), "green": (-.7, .5, -.7), "blue": (-.65, -.4, .95),
            "yellow": (.95, .8, -.8), "cyan": (-.8, .8, .9), "magenta": (.85, -.6, .8)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -62,9 +64,10 @@ def paint(canvas, shape, colour, centre, radius, angle):
     """Draw one object on each canvas, with smooth edges one pixel wide.
 
     canvas (B, 3, S, S)          in [-1, 1]
-    shape (B,), colour (B, 3)    long, index into SHAPES; in [-1, 1]
-    centre (B, 2), radius (B,)   pixels; the centre is x, y
-    angle (B,)                   radians
+    shape (B,)                   long, index into SHAPES
+    colour (B, 3)                in [-1, 1]
+    centre (B, 2), radius (B,)   in pixels; the centre is (x, y)
+    angle (B,)                   in radians
     returns                      a new (B, 3, S, S)
     """
     S = canvas.shape[-1]
@@ -87,7 +90,7 @@ def between(low, high, shape, generator):
 
 
 def shapes(labels, seed, size=32):
-    """Render the shapes world: one object of a colour and a shape on a plain grey background.
+    """Render the shapes world: in each image one object, on a plain grey background.
 
     labels (N,)   long, index into shapes_names()
     seed          equal labels and seed give equal images
@@ -98,7 +101,7 @@ def shapes(labels, seed, size=32):
     palette = torch.tensor(list(COLOURS.values()))
     tones = torch.tensor([-.75, -.1, .55])
     images = []
-    # The distance maps are large, so that 1,024 images are drawn at a time.
+    # The distance maps are large, so only 1,024 images are drawn at a time.
     for label in labels.split(1024):
         n = len(label)
         # The radius is 10 to 13 of 32 pixels; the object is at most 3 pixels off the centre.
@@ -118,15 +121,16 @@ COUNTS = {"two": 2, "three": 3, "four": 4}
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
 # The direction from the second object to the first: x to the right, y down.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-# Centres x, y in quarters of the canvas: of two objects by their relation, else by their number.
+# Centres (x, y) of the objects, in quarters of the canvas. The key is the relation of two objects
+# or, for captions without a relation, the number of objects.
 LAYOUTS = {"left of": [(1, 2), (3, 2)], "right of": [(3, 2), (1, 2)],
            "above": [(2, 1), (2, 3)], "below": [(2, 3), (2, 1)],
            1: [(2, 2)], 2: [(1, 2), (3, 2)], 3: [(1, 1), (3, 1), (2, 3)],
            4: [(1, 1), (3, 1), (1, 3), (3, 3)]}
 SCENE_WORDS = ("a", "and", *COUNTS, *COLOURS, *SHAPES, *PLURALS,
                "left", "right", "of", "above", "below")
-# All of the grammar: GenEval's six kinds of caption (Ghosh et al. 2023), by the names that tag its
-# prompts, and a regular expression for each of their fields.
+# The whole grammar: the six kinds of captions of GenEval (Ghosh et al. 2023). The keys are the tags
+# of GenEval's prompts. PATTERNS has a regular expression for each field in braces.
 KINDS = {"single_object": "a {shape}",
          "two_object": "a {shape} and a {shape2}",
          "counting": "{number} {colour} {plural}",
@@ -142,10 +146,11 @@ PATTERNS = {field: f"({'|'.join(words)})" for field, words in FIELDS.items()}
 def parse_caption(text):
     """A caption of the scenes world -> dict(tag, objects, relation).
 
-    tag        of TAGS
-    objects    list of 1 to 4 pairs (colour or None where the caption names none, shape)
-    relation   key of RELATIONS, of the first object to the second, or None
-    ValueError names the first unknown word, or the text if only its order of words is unknown
+    tag        one of TAGS
+    objects    list of 1 to 4 pairs (colour, shape); colour is None if the caption does not name it
+    relation   where the first object is, relative to the second: a key of RELATIONS, or None
+    ValueError if the text is no such caption. It names the first unknown word; if all words are
+    known, it names the text.
     """
     words = text.lower().split()
     sentence = " ".join(words)
@@ -157,20 +162,20 @@ def parse_caption(text):
         number, colour, plural = words
         objects = [(colour, PLURALS[plural])] * COUNTS[number]
     elif len(set(objects)) < len(objects):
-        # Two equal objects are a matter of counting: "two red circles".
+        # Two equal objects have to be written as a number: "two red circles".
         tag = None
     if tag is None:
         unknown = [word for word in words if word not in SCENE_WORDS]
         raise ValueError(f"scenes does not know {(unknown or [text])[0]!r}; it knows captions such "
                          "as 'a circle and a square', 'three red circles' and 'a blue square above "
-                         f"a green triangle', of the words {', '.join(SCENE_WORDS)}")
+                         f"a green triangle', made of the words {', '.join(SCENE_WORDS)}")
     relation = next((relation for relation in RELATIONS if relation in sentence), None)
     return dict(tag=tag, objects=objects, relation=relation)
 
 
 def scene_captions(n, seed):
-    """n captions (list of str), the six kinds in turn; two objects differ in colour and in shape.
-    Equal seeds give equal captions."""
+    """n captions, a list of str, in which the six kinds take turns. Two objects of a caption differ
+    in colour and in shape. Equal seeds give equal captions."""
     rng = random.Random(seed)
     captions = []
     for i in range(n):
@@ -190,14 +195,14 @@ def scenes(captions, seed, size=32):
 
     captions   list of N str
     seed       equal captions and seed give equal images
-    Positions, sizes, angles, hues and the background vary, and so do colours and sides that the
-    caption does not name. Objects never touch.
-    returns (N, 3, size, size) uint8. ValueError as of parse_caption
+    Positions, sizes, angles, hues and the background vary from image to image. Where a caption does
+    not name colours, or which object is on the left, these vary as well. Objects never touch.
+    returns (N, 3, size, size) uint8. ValueError for captions that parse_caption does not know
     """
     generator = torch.Generator().manual_seed(seed)
     palette = torch.tensor(list(COLOURS.values()))
     images = []
-    # The distance maps are large, so that 1,024 images are drawn at a time.
+    # The distance maps are large, so only 1,024 images are drawn at a time.
     for start in range(0, len(captions), 1024):
         part = [parse_caption(caption) for caption in captions[start:start + 1024]]
         n = len(part)
@@ -219,7 +224,7 @@ def scenes(captions, seed, size=32):
         radius = between(.165, .175, (n, 4), generator) * size                    # (n, 4) pixels
         angle = between(-.05, .05, (n, 4), generator)
         hue = palette[colour] + between(-.03, .03, (n, 4, 3), generator)          # (n, 4, 3)
-        # There is one dark background only, because every tone needs codes of its own.
+        # The background is always dark, because every further tone would need codes of its own.
         tone = -.75 + between(-.05, .05, n, generator)
         canvas = tone.view(n, 1, 1, 1).repeat(1, 3, size, size)
         for k in range(4):
@@ -385,10 +390,10 @@ def to_uint8(images):
 
 # -------------------------------------------------------------------- VQGAN (Esser et al. 2021)
 # The network of taming-transformers, with its key names, so that the official f16-1024 checkpoint
-# loads strictly. The small worlds train the same class with fewer channels. Level 0 is the finest.
-# The eps of the group norms is the official one, 1e-6, not torch's default.
+# loads strictly. The small worlds train the same class with fewer channels. Level 0 has the finest
+# resolution. The eps of the group norms is the official one, 1e-6, not torch's default.
 class ResBlock(nn.Module):
-    """Two convolutions, each after norm and SiLU, around a shortcut."""
+    """x + two convolutions of x. A norm and a SiLU come before each convolution."""
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -407,7 +412,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of the map, residual."""
+    """x + self-attention of x, with a single head, over all positions of the map."""
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -428,7 +433,7 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Encoder: half the size. Decoder: twice the size."""
+    """Halves the size of a map in the encoder, or doubles it in the decoder (up=True)."""
     def __init__(self, c, up):
         super().__init__()
         self.up = up
@@ -441,33 +446,29 @@ class Resample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def level(c_in, c_out, blocks, attention, groups):
+class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention if the level has it."""
-    stage = nn.Module()
-    stage.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
-                                for i in range(blocks))
-    stage.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attention else 0))
-    return stage
+    def __init__(self, c_in, c_out, blocks, attention, groups):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
+                                   for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) if attention else nn.Identity()
+                                  for _ in range(blocks))
 
-
-def run_level(stage, x):
-    for i, block in enumerate(stage.block):
-        x = block(x)
-        if len(stage.attn):
-            x = stage.attn[i](x)
-    return x
+    def forward(self, x):
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))
+        return x
 
 
 def middle(c, groups):
-    mid = nn.Module()
-    mid.block_1 = ResBlock(c, c, groups)
-    mid.attn_1 = AttnBlock(c, groups)
-    mid.block_2 = ResBlock(c, c, groups)
-    return mid
+    """The blocks between the levels and the code, at the coarsest resolution."""
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=AttnBlock(c, groups),
+                                     block_2=ResBlock(c, c, groups)))
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) -> (B, z_channels, H / f, W / f), f = 2^(levels - 1)."""
+    """Image (B, 3, H, W) -> (B, z_channels, H / f, W / f), where f = 2^(levels - 1)."""
     def __init__(self, ch, ch_mult, blocks, attn_levels, z_channels, groups):
         super().__init__()
         # Level i goes from widths[i] channels to widths[i + 1].
@@ -475,61 +476,59 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
-            stage = level(widths[i], widths[i + 1], blocks, i in attn_levels, groups)
+            level = Level(widths[i], widths[i + 1], blocks, i in attn_levels, groups)
             if i < len(ch_mult) - 1:
-                stage.downsample = Resample(widths[i + 1], up=False)
-            self.down.append(stage)
+                level.downsample = Resample(widths[i + 1], up=False)
+            self.down.append(level)
         self.mid = middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for i, stage in enumerate(self.down):
-            x = run_level(stage, x)
+        for i, level in enumerate(self.down):
+            x = level(x)
             if i < len(self.down) - 1:
-                x = stage.downsample(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, P, P) -> image (B, 3, f P, f P). Each level has one residual block more than
-    in the encoder; up.0 is the finest level."""
+    """(B, z_channels, P, P) -> image (B, 3, f P, f P). Each level has one more residual block than
+    in the encoder."""
     def __init__(self, ch, ch_mult, blocks, attn_levels, z_channels, groups):
         super().__init__()
-        # Level i goes from widths[i + 1] channels, those of the next coarser one, to widths[i].
+        # Level i goes from widths[i + 1] channels, as many as level i + 1 has, to widths[i].
         widths = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
-            stage = level(widths[i + 1], widths[i], blocks + 1, i in attn_levels, groups)
+            level = Level(widths[i + 1], widths[i], blocks + 1, i in attn_levels, groups)
             if i > 0:
-                stage.upsample = Resample(widths[i], up=True)
-            self.up.append(stage)
+                level.upsample = Resample(widths[i], up=True)
+            self.up.append(level)
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        for i, stage in reversed(list(enumerate(self.up))):
-            x = run_level(stage, x)
+        x = self.mid(self.conv_in(x))
+        for i, level in reversed(list(enumerate(self.up))):
+            x = level(x)
             if i > 0:
-                x = stage.upsample(x)
+                x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VQGAN(nn.Module):
-    """Images <-> tokens. The default sizes are the small worlds': 32 x 32 pixels, f = 4, 64 tokens.
+    """Images <-> tokens. The default sizes are for the small worlds: 32 x 32 pixels, f = 4, L = 64.
 
     K, d          number and width of the codes
     ch, ch_mult   level i has ch * ch_mult[i] channels
     blocks        residual blocks per encoder level
     attn_levels   levels with attention
-    groups        groups of the group norms. The official 32 would leave one channel or less to a
-                  group of the small worlds' network, which erases brightness
+    groups        groups of the group norms. With the official 32, a group of the small network
+                  would have one channel or less, which erases brightness.
     l2norm        encoder outputs and codes have length 1 (ViT-VQGAN, Yu et al. 2022)
     .E (K, d) the codebook   .L tokens per image
     """
@@ -565,7 +564,7 @@ class VQGAN(nn.Module):
         return distance.argmin(-1)
 
     def encode(self, images):
-        """(B, 3, H, W) in [-1, 1] -> z (B, L) long; of VQGAN in raster order."""
+        """(B, 3, H, W) in [-1, 1] -> z (B, L) long. VQGAN's tokens are in raster order."""
         return self.nearest(self.embed(images))
 
     def decode(self, e, c=None):
@@ -578,7 +577,7 @@ class VQGAN(nn.Module):
 
 def load_vqgan(src, **sizes):
     """The official VQGAN f16-1024: pretrained_maskgit/VQGAN/last.ckpt of llvictorll/Maskgit-pytorch
-    on the hub, without the networks of its loss. sizes: of a network of another size (tests)."""
+    on the hub, without the networks of its loss. Tests replace some of the sizes by `sizes`."""
     released = dict(K=1024, d=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2, attn_levels=(4,),
                     z_channels=256, groups=32, image_size=256)
     with torch.device("meta"):
@@ -588,7 +587,7 @@ def load_vqgan(src, **sizes):
 
 # -------------------------------------------------------------------- TA-TiTok (Kim et al. 2025)
 # The tokenizer of MaskGen, with its official key names: two vision transformers, and L tokens that
-# stand for no position in the image. The decoder also reads the text. The official images are in
+# belong to no position in the image. The decoder also reads the text. The official images are in
 # [0, 1]; embed and decode convert from and to our [-1, 1].
 class ViTBlock(nn.Module):
     """Transformer block with a LayerNorm before the attention and before the MLP."""
@@ -607,7 +606,8 @@ class ViTBlock(nn.Module):
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
-def positions(n, width):
+def random_rows(n, width):
+    """A parameter (n, width): a position embedding, or tokens that are learned."""
     return nn.Parameter(torch.randn(n, width) * width ** -0.5)
 
 
@@ -616,9 +616,9 @@ class ViT(nn.Module):
     of the image, L tokens and, in the decoder, the text."""
     def __init__(self, patches, L, width, depth, head_width):
         super().__init__()
-        self.class_embedding = positions(1, width)
-        self.positional_embedding = positions(1 + patches, width)
-        self.latent_token_positional_embedding = positions(L, width)
+        self.class_embedding = random_rows(1, width)
+        self.positional_embedding = random_rows(1 + patches, width)
+        self.latent_token_positional_embedding = random_rows(L, width)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(ViTBlock(width, width // head_width) for _ in range(depth))
@@ -639,11 +639,11 @@ class ViT(nn.Module):
 
 
 class TATiTok(nn.Module):
-    """Images <-> L tokens, with the interface of VQGAN; decode reads a text as well. The default
-    sizes are those of bl128.
+    """Images <-> L tokens. It has the interface of VQGAN, but decode also reads a text. The default
+    sizes are for bl128.
 
     K, d           number and width of the codes
-    width, depth   of the encoder's and of the decoder's transformer
+    width, depth   pairs: for the transformer of the encoder and of the decoder
     patch          pixels per side of a patch
     text           number and width of the text states
     head_width     channels of one attention head
@@ -655,7 +655,7 @@ class TATiTok(nn.Module):
         self.K, self.L, self.image_size = K, L, image_size
         self.side = image_size // patch
         N = self.side ** 2
-        self.latent_tokens = positions(L, width[0])
+        self.latent_tokens = random_rows(L, width[0])
         self.encoder = ViT(N, L, width[0], depth[0], head_width)
         self.decoder = ViT(N, L, width[1], depth[1], head_width)
 
@@ -664,7 +664,7 @@ class TATiTok(nn.Module):
 
         self.decoder.mask_token = nn.Parameter(torch.randn(1, 1, width[1]) * width[1] ** -0.5)
         self.decoder.decoder_embed = nn.Linear(d, width[1])
-        self.decoder.text_guidance_positional_embedding = positions(text[0], width[1])
+        self.decoder.text_guidance_positional_embedding = random_rows(text[0], width[1])
         self.decoder.text_guidance_proj = nn.Linear(text[1], width[1])
         self.decoder.ffn = nn.Sequential(nn.Conv2d(width[1], 3 * patch ** 2, 1))
         self.decoder.conv_out = nn.Conv2d(3, 3, 3, padding=1)
@@ -710,7 +710,7 @@ class TATiTok(nn.Module):
 
 def load_tatitok(src, **sizes):
     """The official TA-TiTok bl128 with vector quantisation: model.safetensors of
-    turkeyju/tokenizer_tatitok_bl128_vq on the hub. sizes: of a network of another size (tests)."""
+    turkeyju/tokenizer_tatitok_bl128_vq on the hub. Tests replace some of the sizes by `sizes`."""
     with torch.device("meta"):
         model = TATiTok(**sizes)
     return load_weights(model, src)
@@ -718,10 +718,10 @@ def load_tatitok(src, **sizes):
 
 # -------------------------------------------------------------------- files of pretrained weights
 def read_weights(src):
-    """Pretrained weights -> state dict: key -> tensor (CPU). No code of a file is ever run.
+    """Pretrained weights -> state dict: key -> tensor (CPU). Code in a file is never run.
 
-    src   path of a safetensors or torch file, or a dict. The state dict is all that it holds, or
-          its entry "state_dict" (Lightning) or "model_state_dict" (MaskGIT)
+    src   path of a safetensors or torch file, or a dict. The state dict is its whole content, or
+          its entry "state_dict" (Lightning) or "model_state_dict" (MaskGIT).
     """
     if isinstance(src, dict):
         content = src
@@ -729,11 +729,11 @@ def read_weights(src):
         content = load_file(src)
     else:
         try:
-            # Mapped into memory: an optimiser's states in the file are never read from the disk.
+            # With mmap, unused parts of the file, such as an optimiser's state, are never read.
             content = torch.load(src, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(src))
         except pickle.UnpicklingError:
-            # A checkpoint of Lightning also names classes of its own, which weights_only refuses.
+            # Lightning's checkpoints also contain objects of its own, which weights_only refuses.
             content = torch.load(src, map_location="cpu", weights_only=False, mmap=True,
                                  pickle_module=TensorsOnly)
     for key in ("state_dict", "model_state_dict"):
@@ -742,8 +742,8 @@ def read_weights(src):
 
 
 class Inert:
-    """Stands for any object of a file but tensors and containers. It can be called and filled like
-    the object itself, and does nothing."""
+    """Replaces all objects in a file that are neither tensors nor containers. It can be called and
+    filled like the object itself, but does nothing."""
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
@@ -754,8 +754,8 @@ class Inert:
 
 
 class TensorsOnly:
-    """For torch.load, in place of the module pickle. Of all functions and classes that a file may
-    name, only these three are real ones; each other becomes Inert, so that it is never called."""
+    """Replaces the module pickle in torch.load. A file may name any function or class. These three
+    are used; Inert replaces all others, so they are never called."""
     REAL = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
             ("collections", "OrderedDict")}
 
@@ -767,12 +767,15 @@ class TensorsOnly:
 
 
 def load_weights(network, src, unused=()):
-    """Fill a network from what `read_weights` takes, which has exactly its keys and shapes; keys
-    that begin as in `unused` may be there as well. -> the network, frozen and in eval mode"""
+    """Load weights into a network -> the network, frozen and in eval mode.
+
+    src      what `read_weights` takes. It must have exactly the keys and shapes of the network.
+    unused   a prefix or a tuple of prefixes: keys that begin with one of them are left out
+    """
     if next(network.parameters()).is_meta:
-        # built without values, since random ones take longer than reading the file
+        # The network was built without values, because drawing random ones takes longer than
+        # reading the file.
         network.to_empty(device="cpu")
-    state = read_weights(src)
-    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    state = {key: value for key, value in read_weights(src).items() if not key.startswith(unused)}
     network.load_state_dict(state, strict=True)
     return network.eval().requires_grad_(False)
