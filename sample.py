@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import sys
 import textwrap
 import time
@@ -124,6 +125,24 @@ def load_run(path, device, weights=None):
         nets.student = copy.deepcopy(nets.teacher)
         nets.student.load_state_dict(saved["ema"])
     return nets
+
+
+def save(path, content):
+    """torch.save that neither a kill nor a full disk can leave half done."""
+    new = path.with_suffix(".tmp")
+    torch.save(content, new)
+    os.replace(new, path)
+
+
+def save_student(folder):
+    """student.pt: of a checkpoint, only what sample.py needs to draw, as float16."""
+    saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    parts = {part: x for part, x in saved["parts"].items() if part in ("tokenizer", "text")}
+    parts["student"] = saved["parts"]["teacher"] | dict(state=saved["ema"])
+    for part, x in parts.items():
+        parts[part] = x | dict(state={key: value.half() for key, value in x["state"].items()})
+    kept = {key: saved[key] for key in ("step", "config", "names", "images")}
+    save(folder / "student.pt", kept | dict(parts=parts))
 
 
 def network_arguments(parser):

@@ -575,6 +575,31 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(e.transpose(1, 2).reshape(B, d, P, P)))
 
 
+@torch.no_grad()
+def reseed_codes(vq, e, z, usage, everything=False):
+    """Move unused codes to where the quantisation error is large.
+
+    e            (N, d) encoder outputs;   z (N,) their codes
+    usage        (K,) decayed counts, changed in place like the codebook
+    everything   at the start: all codes are placed by k-means
+    """
+    codes = vq.quantize.embedding.weight                                        # (K, d)
+    if everything:
+        centres = e[torch.randperm(len(e))[:vq.K]]                              # (K, d)
+        for _ in range(10):
+            nearest = torch.cdist(e, centres).argmin(1)                         # (N,)
+            count = torch.bincount(nearest, minlength=vq.K)[:, None]
+            mean = torch.zeros_like(centres).index_add_(0, nearest, e) / count.clamp(min=1)
+            centres = torch.where(count > 0, mean, e[torch.randint(len(e), (vq.K,))])
+        codes.copy_(centres)
+        usage.fill_(10)
+    dead = usage < 1
+    if dead.any():
+        error = (e - vq.E[z]).pow(2).sum(1)
+        codes[dead] = e[torch.multinomial(error, int(dead.sum()), replacement=True)]
+        usage[dead] = 10
+
+
 def load_vqgan(src, **sizes):
     """The official VQGAN f16-1024: pretrained_maskgit/VQGAN/last.ckpt of llvictorll/Maskgit-pytorch
     on the hub, without the networks of its loss. Tests replace some of the sizes by `sizes`."""

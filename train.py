@@ -320,31 +320,6 @@ class Optimiser:
             x.step()
 
 
-@torch.no_grad()
-def reseed_codes(vq, e, z, usage, everything=False):
-    """Move unused codes to where the quantisation error is large.
-
-    e            (N, d) encoder outputs;   z (N,) their codes
-    usage        (K,) decayed counts, changed in place like the codebook
-    everything   at the start: all codes are placed by k-means
-    """
-    codes = vq.quantize.embedding.weight                                        # (K, d)
-    if everything:
-        centres = e[torch.randperm(len(e))[:vq.K]]                              # (K, d)
-        for _ in range(10):
-            nearest = torch.cdist(e, centres).argmin(1)                         # (N,)
-            count = torch.bincount(nearest, minlength=vq.K)[:, None]
-            mean = torch.zeros_like(centres).index_add_(0, nearest, e) / count.clamp(min=1)
-            centres = torch.where(count > 0, mean, e[torch.randint(len(e), (vq.K,))])
-        codes.copy_(centres)
-        usage.fill_(10)
-    dead = usage < 1
-    if dead.any():
-        error = (e - vq.E[z]).pow(2).sum(1)
-        codes[dead] = e[torch.multinomial(error, int(dead.sum()), replacement=True)]
-        usage[dead] = 10
-
-
 def train_tokenizer(vq, cfg, device):
     """VQGAN on the images: L1 + L2 reconstruction, codebook and commitment loss. Images this small
     become sharp without the GAN of the original."""
@@ -372,7 +347,7 @@ def train_tokenizer(vq, cfg, device):
         optimiser.update(loss)
         is_time = step > begin and step % 20 == 0 and step < 0.8 * steps
         if step == begin or is_time:
-            reseed_codes(vq, e.detach().flatten(0, 1), z.flatten(), usage, step == begin)
+            tok.reseed_codes(vq, e.detach().flatten(0, 1), z.flatten(), usage, step == begin)
         if step % 20 == 0:
             bar.set_postfix(reconstruction=f"{reconstruction.item():.3f}",
                             codes=int((usage > 1).sum()))
@@ -455,13 +430,6 @@ TINY = {
         "teacher": (MaskGen, dict(K=64, L=32, width=64, text_width=64, T=77))}}
 
 
-def save(path, content):
-    """torch.save that neither a kill nor a full disk can leave half done."""
-    new = path.with_suffix(".tmp")
-    torch.save(content, new)
-    os.replace(new, path)
-
-
 def prepared_folder(cfg):
     """runs/prepared/<dataset>-<hash of settings and images>: where the networks of a small world
     are kept, which all runs with these settings and images share."""
@@ -487,7 +455,7 @@ def prepared(path, seed, network, args, train, device):
         model = network(**args).to(device)
         train(model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, dict(cls=network.__name__, args=args, state=model.state_dict()))
+        sample.save(path, dict(cls=network.__name__, args=args, state=model.state_dict()))
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -547,11 +515,8 @@ def official_networks(cfg, device):
 
 
 def prepare(cfg, device, saved):
-    """Everything that distillation takes as given, trained where it is not there yet.
-
-    saved     the networks that the checkpoint holds of the run to resume, or {}
-    returns   sample.Networks without a student
-    """
+    """Everything that distillation takes as given, trained where it is not there yet. saved: the
+    networks in the checkpoint of the run to resume, or {}. -> sample.Networks without a student"""
     if cfg.dataset in sample.OFFICIAL:
         nets = official_networks(cfg, device)
     else:
@@ -607,17 +572,16 @@ class Gan:
             discriminator = load_discriminator(files, self.size, device)
         else:
             discriminator = Discriminator({"phi": nets.phi}, self.size, width=16).to(device)
-        self.images = (tok.image_files(cfg.data) if is_official
-                       else tok.world(cfg, "train")[0])
+        self.images = tok.image_files(cfg.data) if is_official else tok.world(cfg, "train")[0]
         # As in StyleGAN-XL; the paper names no settings of its discriminator.
-        opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
-                               betas=(0.0, 0.99))
-        self.discriminator, self.opt = discriminator, opt
-        self.trained = dict(discriminator=discriminator, discriminator_opt=opt)
+        self.opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
+                                    betas=(0.0, 0.99))
+        self.discriminator = discriminator
+        self.trained = dict(discriminator=discriminator, discriminator_opt=self.opt)
 
     def real(self, n, seen):
-        """The n real images of the step before which `seen` drafts were seen. -> (n, 3, H, W) in
-        [-1, 1]. ValueError when the files cannot be read."""
+        """The n real images of the step that begins with `seen` drafts -> (n, 3, H, W) in [-1, 1].
+        ValueError when the files cannot be read."""
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
         images, misses = [], 0
         while len(images) < n:
@@ -633,12 +597,11 @@ class Gan:
         return tok.to_float(torch.stack(images))
 
     def gradient(self, loss, images, step, generator, autocast):
-        """The gradient of L_total = L_drift + lambda L_gan at the decoded drafts.
+        """The discriminator's step, then the gradient of L_total = L_drift + lambda L_gan at the
+        decoded drafts images (B, 3, H, W), from which the drift loss () was computed.
 
-        loss (), images (B, 3, H, W)   the drift loss and the drafts it was computed from
-        returns   (B, 3, H, W); logs. The discriminator takes its step here.
-        The paper's lambda is chosen anew in every step, such that the GAN's gradient is gan_weight
-        times as large as the drift's: a weight then means the same for every network.
+        lambda is chosen in every step, such that the GAN's gradient is gan_weight times as large as
+        the drift's: a weight then means the same for every network.   -> (B, 3, H, W); logs
         """
         drift, = torch.autograd.grad(loss, images)                              # (B, 3, H, W)
         seen = (step - 1) * len(images)                             # drafts before this step
@@ -653,10 +616,10 @@ class Gan:
 def save_checkpoint(folder, step, nets, trained, generator):
     """checkpoint.pt: all that sample.py needs to draw, and that --resume needs to go on."""
     states = {name: x.state_dict() for name, x in trained.items()}
-    save(folder / "checkpoint.pt",
-         dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names, parts=nets.saved,
-              images=nets.images, rng=generator.get_state(),
-              log_size=(folder / "log.jsonl").stat().st_size, **states))
+    sample.save(folder / "checkpoint.pt",
+                dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names,
+                     parts=nets.saved, images=nets.images, rng=generator.get_state(),
+                     log_size=(folder / "log.jsonl").stat().st_size, **states))
 
 
 def load_checkpoint(folder, trained, generator):
@@ -726,8 +689,7 @@ def distil(cfg, nets, folder, device):
         sample_grid(cfg, nets, ema, folder, 0, teacher_rows)
     # After Ctrl-C or a scheduler's signal, the step under way is finished and saved. (The processes
     # of torchrun would not stop after the same step, so they simply end.)
-    signals = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
-    received = []
+    received, signals = [], () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
                 for number in signals}
     # A terminal gets a bar, a file a line every log_every steps.
@@ -785,8 +747,7 @@ def distil(cfg, nets, folder, device):
 
 
 def example_rows(nets, cfg):
-    """The upper rows of every grid of samples: the teacher in 16 steps and in 1. -> rows as of
-    sample.image_grid"""
+    """The upper rows of every grid of samples, as of sample.image_grid: the teacher."""
     c, _ = sample.grid_conditions(nets)
     return [(f"teacher {steps}", sample.generate(nets.teacher, nets.tokenizer, c, cfg, steps,
                                                  seed=cfg.seed)) for steps in (16, 1)]
@@ -841,18 +802,18 @@ def ablate(base, nets, root, device):
             made_with = json.dumps(dataclasses.asdict(cfg) | dict(
                 ablations=0, prepared=prepared_folder(cfg).name))
             folder.mkdir(exist_ok=True)
-            config = folder / "config.json"
-            if config.exists() and config.read_text() != made_with:
-                raise ValueError(f"{folder} was made with other settings or networks: choose "
-                                 "another --name, or remove it")
-            config.write_text(made_with)
-            if not (folder / "score.json").exists():
+            file = folder / "score.json"
+            if not file.exists():
                 print(f"\n{row}, seed {seed}: {folder}")
                 distil(cfg, dataclasses.replace(nets, cfg=cfg), folder, device)
                 run = sample.load_run(folder, device)
                 score = evaluate.score(run, run.student, None, *scorer)
-                (folder / "score.json").write_text(json.dumps(score, indent=1))
-            scores.append(json.loads((folder / "score.json").read_text()))
+                file.write_text(json.dumps(dict(score=score, made_with=made_with)))
+            kept = json.loads(file.read_text())
+            if kept["made_with"] != made_with:
+                raise ValueError(f"{folder} was made with other settings or networks: choose "
+                                 "another --name, or remove it")
+            scores.append(kept["score"])
         run = sample.load_run(root / f"{slug}-{base.seed}", device)
         title = f"{row}  {evaluate.headline(evaluate.means(scores))}"
         pictures.append((title, sample.generate(run.student, run.tokenizer, c, run.cfg)))
@@ -869,17 +830,6 @@ def ablate(base, nets, root, device):
 
 
 # --------------------------------------------------------------------------------- the command
-def save_student(folder):
-    """student.pt: of a checkpoint, only what sample.py needs to draw, as float16."""
-    saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    parts = {part: x for part, x in saved["parts"].items() if part in ("tokenizer", "text")}
-    parts["student"] = saved["parts"]["teacher"] | dict(state=saved["ema"])
-    for part, x in parts.items():
-        parts[part] = x | dict(state={key: value.half() for key, value in x["state"].items()})
-    kept = {key: saved[key] for key in ("step", "config", "names", "images")}
-    save(folder / "student.pt", kept | dict(parts=parts))
-
-
 def new_folder(cfg):
     """runs/<name>: the one to resume, or made here; without --name the next one that is free."""
     if cfg.resume:
@@ -903,8 +853,7 @@ def new_folder(cfg):
 
 
 def resumed_networks(cfg):
-    """The networks in the checkpoint of the run to resume -> as `saved` of `prepare`. ValueError
-    where the images are not those that the run was trained on."""
+    """The networks in the checkpoint of the run to resume. -> `saved` of `prepare`"""
     checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
                             weights_only=True, mmap=True)
     if checkpoint["images"] != tok.fingerprint(cfg):
@@ -967,7 +916,7 @@ def main():
         begin = time.time()
         evaluate.report(sample.load_run(folder, device), folder)
         minutes += f", report {(time.time() - begin) / 60:.1f}"
-        save_student(folder)
+        sample.save_student(folder)
     print(f"{minutes}\nthe pictures are in {folder}/; then try: python sample.py --run {folder}")
     if cfg.smoke:
         print("The set-up works. Nothing was learnt in a smoke run, and its pictures mean nothing.")
