@@ -478,18 +478,15 @@ def report(nets, folder, n=None, seed=None, steps=(16, 8, 4, 2, 1)):
 # ---------------------------------------------------------------- the table of the ablations
 def means(scores):
     """Scores of seeds, list of dict -> means of their numbers, over the seeds that have them."""
-    found = {}
-    for key in scores[0]:
-        values = [score[key] for score in scores if isinstance(score.get(key), float)]
-        if values:
-            found[key] = sum(values) / len(values)
-    return found
+    numbers = {key: [score[key] for score in scores if isinstance(score.get(key), float)]
+               for key in scores[0]}
+    return {key: sum(values) / len(values) for key, values in numbers.items() if values}
 
 
 def ablation_table(content):
     """A line of report.jsonl, as of train.ablate -> text. scores: of each seed, as of `score`."""
     protocol, rows = content["protocol"], []
-    first, *others = "fd", "recall", "accuracy", "precision"
+    first, *others = "fd", "recall", "spread", "accuracy", "precision"
     if "overall" in content["rows"][0]["scores"][0]:
         first, others = "overall", TAGS
     for row in content["rows"]:

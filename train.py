@@ -831,25 +831,18 @@ def ablate(base, nets, root, device):
 
 # --------------------------------------------------------------------------------- the command
 def new_folder(cfg):
-    """runs/<name>: the one to resume, or made here; without --name the next one that is free."""
-    if cfg.resume:
-        return Path("runs", cfg.name)
-    method = "" if cfg.method == "fpd" else cfg.method
-    words = (cfg.dataset, method, "smoke" if cfg.smoke else "")
+    """runs/<name>, made here: the one to resume, or without --name the next one that is free."""
+    words = (cfg.dataset, "" if cfg.method == "fpd" else cfg.method, "smoke" if cfg.smoke else "")
     name = cfg.name or "-".join(filter(None, words))
+    # The rows of ablations that are there already are kept.
+    folder, goes_on = Path("runs", name), cfg.resume or cfg.ablations
     if cfg.ablations:
-        # Rows that are there are kept.
         folder = Path("runs", f"ablations-{name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for i in itertools.count(1):
-        folder = Path("runs", name if i == 1 else f"{name}-{i}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if cfg.name:
-                raise
+    number = itertools.count(2)
+    while folder.exists() and not (cfg.name or goes_on):
+        folder = Path("runs", f"{name}-{next(number)}")
+    folder.mkdir(parents=True, exist_ok=bool(goes_on))
+    return folder
 
 
 def resumed_networks(cfg):
