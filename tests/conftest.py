@@ -1,10 +1,5 @@
-"""What the tests share: the import path, and access to golden/, recorded outputs of the official
-code of every pretrained network.
-
-No weights are stored there. Every weight is generated from its official key, so a network that
-loads the official key names strictly can be checked at full size:
-case.weights() -> load -> case.inputs -> case.check(name, output).
-"""
+"""What the tests share: the commands of the README, tiny networks, and golden/, recorded outputs of
+the official code of every pretrained network (see golden/README.md)."""
 import contextlib
 import functools
 import importlib
@@ -17,21 +12,20 @@ import subprocess
 import sys
 import types
 import zlib
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Most of the time is a single thread's: two processes of one thread each (pytest -n 2) are faster
-# than one of two. Set before numpy and torch read it, and for what tests start, too
+# Most of the work runs in a single thread, so two processes of one thread each (pytest -n 2) are
+# faster than one process of two. This is set before numpy and torch read it, and is inherited by
+# the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-# no test may reach the network; read when the hub is imported
+# No test may reach the network. The hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,26 +36,26 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many seconds; leave out with -m 'not slow'")
     if config.getoption("dist", "no") == "load":
-        # Half of the list for each process; who is done takes over from the other's end. So most
-        # files stay in one process, and what a file prepares for its tests is prepared once
+        # Each process gets half of the list, and the one that is done first takes tests from the
+        # other's end. Most files then stay in one process, which prepares what they share once.
         config.option.dist = "worksteal"
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests first: nobody waits for one that begins last."""
+    """Slow tests run first, so that none of them begins last and keeps one process waiting."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 # ---------------------------------------------------------------- commands of the README
 def command_line(line):
-    """"train.py --smoke", or a list of its words -> what a process is started with."""
+    """"train.py --smoke", or a list of its words -> the arguments of a new process."""
     script, *arguments = line.split(" ") if isinstance(line, str) else line
     return [sys.executable, str(ROOT / script), *arguments]
 
 
 def in_process(line, cwd):
-    """Run a command of the README in a folder of its own, without a new process, which takes
-    seconds to import everything. -> CompletedProcess with text output."""
+    """Run a command of the README in the folder cwd. No new process is started, because its imports
+    would take seconds. -> CompletedProcess with text output"""
     from sample import run_command
     words = command_line(line)
     module = importlib.import_module(Path(words[1]).stem)
@@ -76,14 +70,14 @@ def in_process(line, cwd):
         except SystemExit as stop:
             code = stop.code
             if isinstance(code, str):
-                # as Python does when sys.exit gets a text
+                # Python does the same when sys.exit gets a text.
                 err.write(code)
                 code = 1
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def refused(done, *words):
-    """A mistake of the user's ends with words about it, and without a traceback."""
+    """A command that the user mistyped ends with one line about it, and without a traceback."""
     assert done.returncode in (1, 2), done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "error: " in done.stderr, done.stderr[-2000:]
     assert all(word in done.stderr for word in words), done.stderr
@@ -91,12 +85,12 @@ def refused(done, *words):
 
 @pytest.fixture(scope="session")
 def smoke_runs(tmp_path_factory):
-    """-> function: name of a dataset -> a folder with one smoke run of it, and what the run said.
-    One run serves all files; see `own_copy`."""
-    # here: most tests do without
+    """A function: name of a dataset -> the folder of a smoke run of it, and the finished command.
+    All test files share one run of each dataset; see `own_copy`."""
+    # These imports stand here because most tests do without them.
     import evaluate
     import train
-    # the teacher's many rows are the slowest part
+    # The teacher's many rows are the slowest part of a report.
     report = functools.partial(evaluate.report, steps=(2,))
     sample_grid = train.sample_grid
 
@@ -104,7 +98,7 @@ def smoke_runs(tmp_path_factory):
     def run(dataset):
         folder = tmp_path_factory.mktemp("run")
         with pytest.MonkeyPatch.context() as patch:
-            # whole runs, also where the first test to ask has `no_pictures`
+            # The run is a whole one, even if the first test that asks for it has `no_pictures`.
             patch.setattr(evaluate, "report", report)
             patch.setattr(train, "sample_grid", sample_grid)
             done = in_process(f"train.py --dataset {dataset} --smoke", folder)
@@ -115,8 +109,8 @@ def smoke_runs(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(smoke_runs, monkeypatch):
-    """Runs without sample sheets and report, where they are not what is tested: most of the time
-    goes there. (`smoke_runs` comes first, to keep what is replaced here.)"""
+    """Runs make neither sample sheets nor a report, which take most of their time, where a test is
+    about something else. (`smoke_runs` is an argument so that it keeps what is replaced here.)"""
     import evaluate
     import train
     monkeypatch.setattr(evaluate, "report", lambda *args, **kwargs: None)
@@ -124,37 +118,97 @@ def no_pictures(smoke_runs, monkeypatch):
 
 
 def own_copy(tmp_path_factory, run):
-    """A new folder with all that `smoke_runs` have made there: tests may write into it."""
+    """A copy of a folder of `smoke_runs`, into which a test may write."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(run[0], folder, dirs_exist_ok=True)
     return folder
 
 
+# ---------------------------------------------------------------- tiny networks
+TINY_BACKBONE = "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_maskgit(seed=0, **sizes):
+    """A MaskGIT whose random weights are large enough for the class and every token to matter."""
+    from models import MaskGIT
+    torch.manual_seed(seed)
+    net = MaskGIT(**dict(K=8, L=16, num_classes=3, width=16, depth=1, heads=2, mlp=32) | sizes)
+    for p in net.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return net.eval().requires_grad_(False)
+
+
+class Recorder:
+    """A network that keeps the tokens it was given in `seen`."""
+    def __init__(self, net):
+        self.net, self.K, self.L, self.seen = net, net.K, net.L, []
+
+    def __call__(self, z, *args, **kind):
+        self.seen.append(z.clone())
+        return self.net(z, *args, **kind)
+
+
+def fake_run(folder, dataset, names):
+    """A run of tiny random networks in folder/runs/a, as sample.load_run returns it."""
+    from models import ConvNet, MaskGen, MaskGIT, Words
+    from tokenizer import VQGAN
+    torch.manual_seed(0)
+    cfg = types.SimpleNamespace(dataset=dataset, smoke=True, data=str(folder / "data"), seed=0,
+                                sample_guidance=2.0, confidence_noise=2.0, init_mask=0.9,
+                                temperature=1.0, remask=(0.1, 0.9), refine_guidance=2.0)
+    sizes = dict(K=32, L=16, width=16, depth=1, heads=2)
+    vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
+    if dataset == "scenes":
+        teacher, student = MaskGen(**sizes), MaskGen(**sizes)
+    else:
+        teacher, student = (MaskGIT(**sizes, num_classes=len(names), mlp=16) for _ in range(2))
+    networks = dict(tokenizer=vqgan, teacher=teacher, student=student,
+                    text=Words() if dataset == "scenes" else None,
+                    judge=ConvNet(len(names), width=4))
+    for network in networks.values():
+        if network is not None:
+            network.eval().requires_grad_(False)
+    path = folder / "runs" / "a" / "checkpoint.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return types.SimpleNamespace(**networks, cfg=cfg, step=4, path=path, names=names)
+
+
 # ---------------------------------------------------------------- golden/
-def official_normal(seed, shape):
+# The sizes of the case `tiny` of each component
+TINY = {
+    "maskgit_transformer": dict(K=32, L=16, num_classes=10, width=64, depth=2, heads=4, mlp=128),
+    "taming_vqgan": dict(K=48, d=16, ch=32, ch_mult=(1, 2), blocks=1, attn_levels=(1,),
+                         z_channels=32, image_size=32),
+    "maskgen_vq": dict(K=40, L=16, width=64, depth=3, heads=4, text_width=24, T=7, score_width=16,
+                       unused_rows=11),
+    "tatitok_vq": dict(K=50, d=12, L=6, width=(64, 96), depth=(2, 3), patch=8, text=(7, 20),
+                       image_size=32, head_width=16)}
+
+
+def normal(seed, shape):
     random, drawn = np.random.RandomState(seed), np.empty(math.prod(shape), np.float32)
-    # in pieces, which stay in the processor's cache
+    # Pieces of this length stay in the processor's cache.
     for piece in np.split(drawn, range(1 << 14, drawn.size, 1 << 14)):
         piece[:] = random.standard_normal(piece.size)
     return torch.from_numpy(drawn.reshape(shape))
 
 
-def quick_normal(seed, shape):
-    """Where no recorded output is repeated."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=(), normal=official_normal):
+def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=()):
     """The rule that made the weights. manifest: key -> shape; -> a state dict of float32 tensors.
 
-    tied            key -> the key whose storage, hence value, it shares
-    nonfloat_keys   integer buffers, which stay as constructed: they are left out
+    tied            key -> the key whose storage, and therefore value, it shares
+    nonfloat_keys   integer buffers, which stay as they were constructed and are left out
     """
     def fill(key):
         shape, last = manifest[key], key.rsplit(".", 1)[-1]
         v = normal((zlib.crc32(key.encode()) ^ fill_xor) & 0xffffffff, shape)
         if len(shape) >= 2:
-            # keeps activations near 1 through all layers
+            # This scale keeps activations near 1 through all layers.
             v *= ((2 if len(shape) == 4 else 1) / np.prod(shape[1:])) ** 0.5
         elif last == "running_var":
             v = 1 + 0.1 * v.abs()
@@ -164,15 +218,26 @@ def golden_fill(manifest, fill_xor=0, tied=(), nonfloat_keys=(), normal=official
             v = 0.1 * v
         return v
     keys = [key for key in manifest if key not in nonfloat_keys and key not in tied]
-    # numpy draws without holding the interpreter's lock
+    # numpy releases the interpreter's lock while it draws.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         state = dict(zip(keys, pool.map(fill, keys)))
     return state | {key: state[source] for key, source in dict(tied).items()}
 
 
+def filled(network):
+    """A state dict with the keys and shapes of this network, filled by the same rule."""
+    return golden_fill({key: list(value.shape) for key, value in network.state_dict().items()})
+
+
+def check_frozen(network):
+    """Every loader hands out its network in eval mode and without gradients. -> the network"""
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    return network
+
+
 class Case:
-    """One recorded case. .info: its json; .inputs: name -> array; an input that the json only
-    describes in words is not among them."""
+    """One recorded case. .info: its json; .inputs: name -> array, without those that the json only
+    describes in words; .tensors: the same as tensors, whole numbers as long."""
     def __init__(self, component, name):
         self.info = json.loads((GOLDEN / component / f"{name}.json").read_text())
         npz = GOLDEN / component / f"{name}.npz"
@@ -184,20 +249,25 @@ class Case:
             else:
                 names = {"RandomState": np.random.RandomState, "uint8": np.uint8,
                          "float32": np.float32}
-                # a recipe is a numpy expression, or else a sentence
+                # A recipe is a numpy expression or a sentence.
                 try:
                     self.inputs[key] = eval(entry["recipe"], names)
                 except SyntaxError:
                     pass
 
-    def weights(self, normal=official_normal):
+    @property
+    def tensors(self):
+        return {key: torch.from_numpy(x.astype(np.int64) if x.dtype.kind in "iu" else x)
+                for key, x in self.inputs.items()}
+
+    def weights(self):
         info = self.info
         return golden_fill(info["manifest"], info["fill_xor"], info.get("tied", ()),
-                           set(info.get("nonfloat_keys", ())), normal)
+                           set(info.get("nonfloat_keys", ())))
 
     def check(self, name, value, atol=2e-4):
-        """Does this tensor or array equal the recorded output? Large ones were stored thinned out,
-        with the mean and std of the whole."""
+        """Assert that a tensor or array equals the recorded output. Of large ones, every n-th value
+        was recorded, with the mean and standard deviation of the whole."""
         entry = self.info["outputs"][name]
         if torch.is_tensor(value):
             value = value.detach().cpu()
@@ -219,60 +289,19 @@ def load_case(component, name):
     return Case(component, name)
 
 
-def official_files(folder, full=False):
-    """Write the three files of the imagenet setting as their authors ship them, with generated
-    weights -> {part: path}.
-
-    full=False   sizes of the tiny cases: MaskGIT (16 tokens, K = 32, 10 classes, 4 heads), VQGAN
-                 (32 pixels, K = 48), a DINOv3 of width 192
-    full=True    the real sizes, 1.4 GB: MaskGIT-256, VQGAN f16-1024 with its loss networks, DINOv3
-                 ViT-B/16; to be loaded without options, and not the weights of the recorded cases
-    """
-    # here: most tests do without timm
-    from models import import_timm
-    if full:
-        maskgit = load_case("maskgit_transformer", "full256")
-        vqgan = load_case("taming_vqgan", "full_f16_1024")
-        backbone = "vit_base_patch16_dinov3.lvd1689m"
-        normal = quick_normal
-    else:
-        maskgit = load_case("maskgit_transformer", "tiny")
-        vqgan = load_case("taming_vqgan", "tiny")
-        backbone = "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
-        normal = official_normal
-    files = {"maskgit": Path(folder) / "MaskGIT_ImageNet_256.pth",
-             "vqgan": Path(folder) / "last.ckpt",
-             "backbone": Path(folder) / f"{backbone}.safetensors"}
-    write_maskgit(files["maskgit"], maskgit.weights(normal))
-    write_lightning(files["vqgan"], vqgan.weights(normal))
-    net = import_timm().create_model(backbone, num_classes=0)
-    manifest = {key: list(value.shape) for key, value in net.state_dict().items()}
-    save_file(golden_fill(manifest, normal=normal), files["backbone"])
-    return files
+def load_network(component, src, **sizes):
+    """A generator or tokenizer by its official loader."""
+    import models
+    import tokenizer
+    loaders = {"maskgit_transformer": models.load_maskgit, "maskgen_vq": models.load_maskgen,
+               "taming_vqgan": tokenizer.load_vqgan, "tatitok_vq": tokenizer.load_tatitok}
+    return check_frozen(loaders[component](src, **sizes))
 
 
-def write_maskgit(path, state):
-    """With the optimizer's moments; the real file has two for every weight."""
-    moments = {"exp_avg": torch.zeros_like(state["pos_emb"])}
-    optimizer = {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-    torch.save({"iter": 7, "global_epoch": 3, "model_state_dict": OrderedDict(state),
-                "optimizer_state_dict": optimizer}, path)
-
-
-def write_lightning(path, state):
-    """Lightning pickles classes of its own. These come from a module that is gone when the file is
-    read, as Lightning will be."""
-    extra = json.loads((GOLDEN / "taming_vqgan" / "checkpoint_extra_keys.json").read_text())
-    zeros = {key: torch.zeros(shape) for key, shape in extra["extra_keys"].items()}
-    gone = types.ModuleType("gone_lightning")
-    exec("class ModelCheckpoint: pass\nclass AttributeDict(dict): pass", gone.__dict__)
-    sys.modules[gone.__name__] = gone
-    try:
-        parameters = gone.AttributeDict(lr=4.5e-6)
-        parameters.callback = gone.ModelCheckpoint()
-        callback = {"best_model_score": np.float64(0.5), "dirpath": Path("logs")}
-        torch.save({"epoch": 1, "global_step": 2, "pytorch-lightning_version": "1.0.8",
-                    "hyper_parameters": parameters, "callbacks": {gone.ModelCheckpoint: callback},
-                    "state_dict": OrderedDict(state) | zeros}, path)
-    finally:
-        del sys.modules[gone.__name__]
+def official(component, name, **sizes):
+    """A recorded case and its network: that of `tiny` for the traces of a sampler; with the
+    loader's own sizes, the released ones, for the cases "full..."."""
+    case = load_case(component, name)
+    source = load_case(component, "tiny") if name.startswith("sampler") else case
+    sizes = {} if name.startswith("full") else TINY[component] | sizes
+    return case, load_network(component, source.weights(), **sizes)

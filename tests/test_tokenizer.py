@@ -1,19 +1,14 @@
-"""tokenizer.py: the shapes world, image files, VQGAN's conventions, and files of weights."""
-import os
-import pickle
+"""tokenizer.py: the small worlds, image files, and VQGAN's conventions."""
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_case
 from PIL import Image
 from torch import nn
 
-from tokenizer import (VQGAN, load_vqgan, read_captions, read_image, read_weights,
-                       shapes, shapes_names, to_float, to_uint8, world)
-
-NAMES = shapes_names()
+from tokenizer import (VQGAN, read_captions, read_image, shapes, shapes_names, to_float, to_uint8,
+                       world)
 
 
 # -------------------------------------------------------------------- the shapes world
@@ -24,7 +19,7 @@ def weights(images):
 
 
 def test_objects_are_within_three_pixels_of_the_centre_on_a_grey_background_that_varies():
-    """Centres of mass, per axis; 0.05 px for rounding to pixels."""
+    """Centres of mass are compared per axis, with 0.05 pixels for rounding."""
     images = shapes(torch.arange(2400) % 24, 0)
     assert len(images.flatten(1).unique(dim=0)) == 2400
     w, axis = weights(images), torch.arange(32) - 15.5
@@ -39,7 +34,7 @@ def test_objects_are_within_three_pixels_of_the_centre_on_a_grey_background_that
     ("shapes", [118.0158, 120.3392, 123.775, 118.1074]),
     ("scenes", [45.0389, 45.3274, 44.6601, 45.0598])])
 def test_every_split_of_a_world_is_drawn_once_and_for_all(dataset, recorded):
-    """480 images with --smoke; their mean, recorded, tells if other numbers are drawn."""
+    """A smoke run has 480 images. Their recorded mean tells whether other numbers are drawn."""
     cfg = types.SimpleNamespace(dataset=dataset, smoke=True)
     splits = [world(cfg, split) for split in ("train", "phi", "judge", "test")]
     assert all(len(images) == len(conditions) == 480 for images, conditions, _ in splits)
@@ -47,7 +42,7 @@ def test_every_split_of_a_world_is_drawn_once_and_for_all(dataset, recorded):
     assert means == pytest.approx(recorded, abs=1e-3)
     for _, conditions, names in splits:
         if dataset == "shapes":
-            assert names == NAMES and conditions.tolist() == [i % 24 for i in range(480)]
+            assert names == shapes_names() and conditions.tolist() == [i % 24 for i in range(480)]
         else:
             assert names == splits[3][1][:12]
 
@@ -62,7 +57,7 @@ def test_all_256_values_survive_the_way_to_float_and_back():
 
 
 def test_a_caption_ends_at_line_ends_only(tmp_path):
-    """Captions from the web hold Unicode's line separators."""
+    """Captions from the web can contain Unicode's line separators."""
     (tmp_path / "captions.txt").write_bytes("\ufeffa dog\r\n\n a\u2028cat \n\x0bé\n".encode())
     assert read_captions(tmp_path / "captions.txt") == ["a dog", "a\u2028cat", "é"]
 
@@ -72,7 +67,7 @@ def test_a_caption_ends_at_line_ends_only(tmp_path):
     ("RGBA", None), ("LA", None), ("L", 0), ("RGB", (0, 0, 0)), ("P", 0),
     ("P", bytes([0] + 255 * [255]))])
 def test_what_is_transparent_is_white_not_the_hidden_colour(mode, transparency, tmp_path):
-    """Alpha channel, palette with transparency, PNG's tRNS: all lie on a white background."""
+    """An alpha channel, a palette with transparency and PNG's tRNS all lie on white."""
     image = Image.fromarray(np.array([[0, 200]], np.uint8)).convert(mode)
     if transparency is None:
         image.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
@@ -80,7 +75,7 @@ def test_what_is_transparent_is_white_not_the_hidden_colour(mode, transparency, 
     else:
         image.save(tmp_path / "image.png", transparency=transparency)
     assert read_image(tmp_path / "image.png")[:, 0].tolist() == 3 * [[255, 200]]
-    # What is half transparent is half white.
+    # Half transparent is half white.
     Image.new("RGBA", (8, 8), (10, 20, 30, 128)).save(tmp_path / "half.png")
     assert read_image(tmp_path / "half.png")[:, 4, 4].tolist() == [132, 137, 142]
 
@@ -116,18 +111,9 @@ def test_the_centre_square_is_kept(tmp_path):
 
 
 # -------------------------------------------------------------------- VQGAN
-def test_nearest_is_the_code_with_the_smallest_distance():
-    torch.manual_seed(0)
+def test_every_code_is_the_nearest_to_itself_and_is_trained():
     vq = VQGAN(K=128, d=16)
-    generator = torch.Generator().manual_seed(0)
-    e = torch.randn(5, 64, 16, generator=generator) * 16 ** -0.5
-    distance = torch.cdist(e.double().flatten(0, 1), vq.E.double(),
-                           compute_mode="donot_use_mm_for_euclid_dist")
-    brute_force = distance.argmin(1)
-    assert torch.equal(vq.nearest(e), brute_force.view(5, 64))
-    assert brute_force.unique().numel() > 30
     assert torch.equal(vq.nearest(vq.E), torch.arange(128))
-    # The codebook is not a copy: training moves it.
     assert vq.E is vq.quantize.embedding.weight
 
 
@@ -138,7 +124,7 @@ def test_with_l2norm_embeddings_and_codes_have_length_1():
     e = net.embed(x)
     torch.testing.assert_close(e.norm(dim=-1), torch.ones(3, 64))
     torch.testing.assert_close(net.E.norm(dim=-1), torch.ones(10))
-    # The nearest code is the one with the smallest angle.
+    # The nearest code is then the one with the smallest angle.
     assert torch.equal(net.encode(x), (e @ net.E.T).argmax(-1))
 
 
@@ -151,62 +137,3 @@ def test_tokens_are_in_raster_order():
     e = net.embed(x)
     assert torch.equal(e[1, 8 * 5 + 2], x[1, :, 5, 2])
     assert torch.equal(net.decode(e), x)
-
-
-# -------------------------------------------------------------------- files of weights
-TINY_VQGAN = dict(K=48, d=16, ch=32, ch_mult=(1, 2), blocks=1, attn_levels=(1,), z_channels=32,
-                  image_size=32)
-
-
-@pytest.fixture(scope="module")
-def state():
-    return load_case("taming_vqgan", "tiny").weights()
-
-
-class Malicious:
-    """Unpickling it normally runs a command that creates a file."""
-    def __init__(self, marker):
-        self.command = f"echo ran > '{marker}'"
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_nothing_in_a_file_is_ever_run(state, tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "last.ckpt"
-    pickle.loads(pickle.dumps(Malicious(marker)))
-    # The danger is real.
-    assert marker.exists()
-    marker.unlink()
-    for content in (Malicious(marker), {"state_dict": Malicious(marker)},
-                    {"state_dict": state | {"quant_conv.bias": Malicious(marker)}}):
-        # torch's format and its old one
-        for is_zip in (True, False):
-            torch.save(content, path, _use_new_zipfile_serialization=is_zip)
-            with pytest.raises((AttributeError, RuntimeError, TypeError)):
-                load_vqgan(path, **TINY_VQGAN)
-    path.write_bytes(pickle.dumps(Malicious(marker), 2))
-    with pytest.raises(RuntimeError):
-        load_vqgan(path, **TINY_VQGAN)
-    # Beside honest weights it stays inert. Those of the loss are left out, and no random number is
-    # drawn.
-    torch.save({"callbacks": Malicious(marker),
-                "state_dict": state | {"loss.weight": torch.ones(1)}}, path)
-    before = torch.get_rng_state()
-    net = load_vqgan(path, **TINY_VQGAN)
-    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert torch.equal(torch.get_rng_state(), before) and not marker.exists()
-
-
-def test_inert_reader_returns_the_same_tensors(tmp_path):
-    """All kinds of numbers, views of one storage, empty and 0-dim tensors, parameters."""
-    base = torch.arange(24.).view(4, 6)
-    state = {"base": base, "view": base[1:, ::2], "half": base.half(), "bfloat16": base.bfloat16(),
-             "long": torch.tensor(7), "empty": base[:0], "bool": base > 3,
-             "parameter": nn.Parameter(base.double())}
-    torch.save({"state_dict": state, "other": types.SimpleNamespace(a=1)}, tmp_path / "x.ckpt")
-    found = read_weights(tmp_path / "x.ckpt")
-    assert found.keys() == state.keys()
-    for key, value in state.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
