@@ -1,9 +1,12 @@
-"""evaluate.py's scores: recorded numbers of the official code (golden/metrics and
-golden/inception_fid), and cases with a known answer."""
+"""evaluate.py's scores equal recorded numbers of the official code (golden/metrics and
+golden/inception_fid), and those of cases with a known answer."""
+import contextlib
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import load_case
+from conftest import check_frozen, in_process, load_case
 from PIL import Image
 
 import evaluate
@@ -26,8 +29,7 @@ def named(cases):
 # ---------------------------------------------------------------- Frechet distance
 @named(METRICS["fid"])
 def test_frechet_distance_equals_pytorch_fid(case):
-    """Also with fewer samples than dimensions, where older scipy releases stop on an imaginary
-    part."""
+    """With fewer samples than dimensions, older scipy releases stop on an imaginary part."""
     tolerances = {"float32_features": 1e-7, "fewer_samples_than_dims": 1e-5,
                   "fewer_samples_than_dims_both_small": 1e-5, "dim512_small_n": 1e-5}
     tolerance = tolerances.get(case["name"], 1e-9)
@@ -37,33 +39,17 @@ def test_frechet_distance_equals_pytorch_fid(case):
     assert abs(distance - case["fid_eig_form"]) < tolerance
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5, 20])
-def test_frechet_distance_of_equal_covariances_is_the_squared_distance_of_the_means(rank):
-    """Zero for equal statistics, whether or not the covariance is singular."""
-    mu1, mu2 = np.random.RandomState(1).standard_normal((2, 20))
-    A = np.random.RandomState(0).standard_normal((20, rank))
-    distance = evaluate.frechet_distance(mu1, A @ A.T, mu2, A @ A.T)
-    assert distance == pytest.approx(((mu1 - mu2) ** 2).sum(), rel=1e-9)
-    assert abs(evaluate.frechet_distance(mu1, A @ A.T, mu1, A @ A.T)) < 1e-9
-
-
-@pytest.mark.parametrize("n, m", [(30, 30), (30, 400), (400, 30)])
-def test_frechet_distance_is_exact_for_singular_covariances(n, m):
-    """The trace of the root is the nuclear norm of A^T B, for any factors A A^T and B B^T. Without
-    care, the roots of rounding errors add up to 1e-5."""
-    A, B = (np.random.RandomState(seed).standard_normal((300, k)) for seed, k in ((1, n), (2, m)))
-    expected = (A ** 2).sum() + (B ** 2).sum() - 2 * np.linalg.norm(A.T @ B, "nuc")
-    zero = np.zeros(300)
-    distance = evaluate.frechet_distance(zero, A @ A.T, zero, B @ B.T)
+@pytest.mark.parametrize("n, m, seed", [(30, 30, 2), (30, 400, 2), (400, 30, 2), (30, 30, 1)])
+def test_frechet_distance_is_exact_for_singular_covariances(n, m, seed):
+    """The trace of the root is the nuclear norm of A^T B, for any factors A A^T and B B^T, equal
+    ones (seed 1) included. Without care, the roots of rounding errors would add up to 1e-5."""
+    A = np.random.RandomState(1).standard_normal((300, n))
+    B = np.random.RandomState(seed).standard_normal((300, m))
+    mu = np.random.RandomState(0).standard_normal((2, 300))
+    expected = ((mu[0] - mu[1]) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum()
+    expected -= 2 * np.linalg.norm(A.T @ B, "nuc")
+    distance = evaluate.frechet_distance(mu[0], A @ A.T, mu[1], B @ B.T)
     assert distance == pytest.approx(expected, rel=1e-11)
-
-
-def test_statistics_are_the_mean_and_the_unbiased_covariance():
-    x = np.array([[0., 0], [2, 2], [4, 1]])
-    for features in (x, x.astype(np.float32)):
-        mu, sigma = evaluate.statistics(features)
-        assert np.allclose(mu, [2, 1]) and np.allclose(sigma, [[4, 1], [1, 1]])
-        assert mu.dtype == sigma.dtype == np.float64
 
 
 # ---------------------------------------------------------------- Inception Score
@@ -79,8 +65,8 @@ def test_inception_score_equals_torch_fidelity(case):
 
 
 def test_inception_score_runs_from_one_to_the_number_of_classes():
-    """1 when all images look alike, C when each is surely of one class and all classes are equally
-    frequent, so sure that the other probabilities underflow."""
+    """It is 1 when all images look alike, and C when each is surely of one of C equally frequent
+    classes, so surely that the other probabilities underflow."""
     assert evaluate.inception_score(np.ones((100, 7))) == pytest.approx((1, 0))
     one_hot = 1e4 * np.eye(8)[np.arange(80) % 8]
     assert evaluate.inception_score(one_hot, 1) == pytest.approx((8, 0))
@@ -91,45 +77,26 @@ def test_inception_score_runs_from_one_to_the_number_of_classes():
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("block", [1000, 37])
 def test_precision_recall_equals_prdc(case, k, block, monkeypatch):
-    """To the last image, and whatever the size of the blocks."""
+    """Every image counts, whatever the size of the blocks."""
     monkeypatch.setattr(evaluate, "BLOCK", block)
     real, fake = gaussian(case["real"], case["dtype"]), gaussian(case["fake"], case["dtype"])
     expected = case["k"][str(k)]["precision"], case["k"][str(k)]["recall"]
     assert evaluate.precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-12)
 
 
-def test_precision_and_recall_by_brute_force():
-    real, fake = np.random.RandomState(3).standard_normal((2, 60, 4))
-    fake = fake[:40] + 0.5
-
-    def share(points, centres, k):
-        inside = 0
-        for point in points:
-            for centre in centres:
-                radius = np.sort(np.linalg.norm(centres - centre, axis=1))[k]
-                if np.linalg.norm(point - centre) < radius:
-                    inside += 1
-                    break
-        return inside / len(points)
-    expected = share(fake, real, 3), share(real, fake, 3)
-    assert evaluate.precision_recall(real, fake) == expected and 0 < min(expected) < 1
-    assert evaluate.precision_recall(real, real) == (1, 1)
-    assert evaluate.precision_recall(real, real + 100) == (0, 0)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_a_fake_on_the_sphere_of_a_real_image_is_outside(seed):
-    """The radius is a distance that occurs again between the sets: the two must compare as equal in
-    spite of rounding."""
+    """The radius occurs again as a distance between the sets, and the two must be equal in spite of
+    rounding."""
     points = np.random.RandomState(seed).standard_normal((2, 2048))
     a, b = points.astype(np.float32).astype(np.float64)
-    # exact in float64; as far from a (b) as b (a) is
+    # These are exact in float64, and as far from a (b) as b (a) is.
     mirrored = np.stack([2 * a - b, 2 * b - a])
     assert evaluate.precision_recall(np.stack([a, b]), mirrored, k=1)[0] == 0
 
 
 def test_copies_of_training_images_are_found():
-    """By the measure of images that nothing was trained on."""
+    """The limit comes from held-out images."""
     generator = torch.Generator().manual_seed(0)
     training, held_out, new = (torch.randn(n, 8, generator=generator) for n in (500, 200, 1000))
     nearly = training + 0.01 * torch.randn(500, 8, generator=generator)
@@ -138,8 +105,8 @@ def test_copies_of_training_images_are_found():
     assert evaluate.memorised_share(nearly, held_out, training) == 1
     assert evaluate.memorised_share(half, held_out, training) == pytest.approx(0.5, abs=0.05)
     assert evaluate.memorised_share(new, held_out, training) == pytest.approx(0.05, abs=0.03)
-    # A share of the held-out images is stored twice, also among those trained on: the limit is then
-    # 0, and the copies' distances are rounding errors
+    # Where some held-out images are also trained on, the limit is 0, and copies differ by rounding
+    # errors.
     held_out[:50] = training[:50]
     rounded = (training * (1 + 1e-6)).float()
     assert evaluate.memorised_share(rounded, held_out, training) == 1
@@ -149,45 +116,38 @@ def test_copies_of_training_images_are_found():
 # ---------------------------------------------------------------- the Inception network
 @pytest.fixture(scope="module")
 def inception():
-    return models.load_inception(load_case("inception_fid", "full").weights())
+    return check_frozen(models.load_inception(load_case("inception_fid", "full").weights()))
 
 
 def images(name):
     if name == "noise256":
-        return torch.from_numpy(load_case("inception_fid", "full").inputs["image_noise256"])
+        return load_case("inception_fid", "full").tensors["image_noise256"].byte()
     cells = np.random.RandomState(62).randint(0, 256, size=(2, 3, 13, 20)).astype(np.uint8)
     return torch.from_numpy(cells.repeat(16, 2).repeat(16, 3)[:, :, :200, :312].copy())
 
 
+@pytest.mark.parametrize("path, recorded", [("pytorch-fid", "full"),
+                                            ("legacy", "torch_fidelity_variant")])
 @pytest.mark.parametrize("name", ["noise256", "blocks200x312"])
-def test_inception_equals_pytorch_fid(inception, name):
-    """Features, logits and the three maps on the way, at full size."""
-    case = load_case("inception_fid", "full")
-    # which module is the first to see each map; of a block that pools, its branches are called, not
-    # the block itself
+def test_inception_equals_the_official_network(inception, name, path, recorded):
+    """Features, logits without bias, and for pytorch-fid three maps on the way, for torch-fidelity
+    the resized image, at full size."""
+    case, maps = load_case("inception_fid", recorded), {}
+    # The first module that sees each map; of a block that pools, only the branches are called.
     readers = {"block0": "Conv2d_3b_1x1", "block1": "Mixed_5b.branch1x1", "block2": "Mixed_7a"}
-    maps, hooks = {}, []
-    for key, module in readers.items():
-        def keep(module, args, key=key):
-            maps[key] = args[0]
-        hooks.append(inception.net.get_submodule(module).register_forward_pre_hook(keep))
-    features, logits = inception(images(name))
-    for hook in hooks:
-        hook.remove()
-    for key in readers:
-        case.check(f"{key}_{name}", maps[key])
-    case.check(f"pool3_{name}", features)
-    case.check(f"logits_{name}", logits)
-
-
-@pytest.mark.parametrize("name", ["noise256", "blocks200x312"])
-def test_inception_legacy_path_equals_torch_fidelity(inception, name):
-    """TensorFlow's resize and scaling, logits without bias."""
-    case = load_case("inception_fid", "torch_fidelity_variant")
-    features, logits = inception(images(name), path="legacy")
-    case.check(f"resized_{name}", models.resize_tensorflow1(images(name).float(), 299))
+    with contextlib.ExitStack() as hooks:
+        for key, module in readers.items():
+            def keep(module, args, key=key):
+                maps[key] = args[0]
+            module = inception.net.get_submodule(module)
+            hooks.callback(module.register_forward_pre_hook(keep).remove)
+        features, logits = inception(images(name), path=path)
     case.check(f"pool3_{name}", features)
     case.check(f"logits_unbiased_{name}", logits)
+    if path == "legacy":
+        maps = {"resized": models.resize_tensorflow1(images(name).float(), 299)}
+    for key, value in maps.items():
+        case.check(f"{key}_{name}", value)
 
 
 def test_inception_refuses_float_images(inception):
@@ -204,8 +164,8 @@ def extract(x):
 
 
 def test_a_folder_an_npz_of_images_and_an_npz_of_statistics_agree(tmp_path):
-    """PNG files are read as they are, in batches, subfolders included. Where ADM's file has mu and
-    sigma beside its images, they are kept."""
+    """PNG files are read as they are, in batches, with subfolders. Mu and sigma of ADM's file
+    are kept, although it also has its images."""
     pictures = np.random.RandomState(0).randint(0, 256, (7, 10, 12, 3)).astype(np.uint8)
     expected, _ = extract(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     (tmp_path / "png" / "more").mkdir(parents=True)
@@ -222,3 +182,32 @@ def test_a_folder_an_npz_of_images_and_an_npz_of_statistics_agree(tmp_path):
             assert features is None
         else:
             assert np.array_equal(np.sort(features, 0), np.sort(expected.numpy(), 0))
+
+
+@pytest.mark.slow
+def test_scores_of_a_folder(inception, tmp_path):
+    """For the same images the distance is 0 and everything is precise and recalled. Mu and sigma
+    alone give no precision; here mu is moved by 0.1 in each of 2048 directions."""
+    torch.save(inception.net.state_dict(), tmp_path / models.INCEPTION)
+    cells = np.random.RandomState(0).randint(0, 256, (12, 4, 4, 3)).astype(np.uint8)
+    pictures = cells.repeat(8, 1).repeat(8, 2)
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(pictures):
+        Image.fromarray(image).save(tmp_path / "png" / f"{i:02d}.png")
+    np.savez(tmp_path / "adm.npz", arr_0=pictures)
+    line = "evaluate.py --folder png --weights . --inception-path legacy --reference "
+    done = in_process(line + "adm.npz", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "fewer than the 2048 features" in done.stdout
+    assert "does not hold the published weights" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    (row,) = report["rows"]
+    assert row["fid"] == pytest.approx(0, abs=1e-3)
+    assert (row["precision"], row["recall"]) == (1, 1) and row["inception_score"] >= 1
+    assert report["protocol"]["inception_path"] == "legacy"
+    features, _ = inception(torch.from_numpy(pictures).permute(0, 3, 1, 2), path="legacy")
+    features = features.double().numpy()
+    np.savez(tmp_path / "statistics.npz", mu=features.mean(0) + 0.1, sigma=np.cov(features.T))
+    assert in_process(line + "statistics.npz", tmp_path).returncode == 0
+    (row,) = json.loads((tmp_path / "report-2.json").read_text())["rows"]
+    assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
