@@ -1,8 +1,8 @@
 """A training step at full size without a GPU, on torch's fake tensors, and a smoke run with one.
 
 Fake tensors have a shape, a type and a device, but no numbers. Without a GPU, no gradient passes
-through those of "cuda". So here "cpu" stands for the GPU, and "meta" for the host, on which
-everything is made that does not name a device.
+through those of "cuda". So "cpu" stands for the GPU here, and "meta" for the host, where every
+tensor is made that names no device.
 """
 import copy
 import json
@@ -26,13 +26,13 @@ PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 
 
 class Rehearsal(TorchDispatchMode):
-    """Looks at every kernel of a step, also at those of the backward pass. At .item() or nonzero,
-    for which a GPU's host would have to wait, torch itself raises an error: there are no numbers.
+    """Checks every kernel of a step, those of the backward pass included. Where a GPU's host would
+    have to wait, at .item() or nonzero, torch itself raises an error, because there are no numbers.
     """
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
         out = kernel(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else [out]:
-            # torch 2.9's checkpoint makes an empty one
+            # torch 2.9's checkpoint makes an empty tensor.
             if isinstance(x, torch.Tensor) and x.numel():
                 assert x.device.type == GPU, f"{kernel} makes a tensor that is not on the GPU"
         if kernel.overloadpacket in PRODUCTS:
@@ -49,7 +49,7 @@ def test_rehearsal(dataset, flags, monkeypatch):
     cfg = train.parse(["--dataset", dataset, *flags])
     with torch.device(HOST):
         vqgan, teacher, phi = random_networks(dataset)
-    # the transformers' first and last layers stand for all that are equal to them
+    # The first and the last layer of each transformer stand for the equal ones between them.
     layers = [teacher.transformer.layers] if dataset == "imagenet" else [
         teacher.blocks, vqgan.encoder.transformer, vqgan.decoder.transformer]
     for equal in layers:
@@ -99,7 +99,7 @@ def test_rehearsal(dataset, flags, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_run_on_a_gpu(tmp_path, monkeypatch):
-    """A smoke run and its pictures; CUDA itself tells whether the second step waits for the GPU."""
+    """A smoke run and its pictures. CUDA itself raises an error if the second step has to wait."""
     steps = []
 
     def fpd_step(*args, original=fpd.fpd_step):
