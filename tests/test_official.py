@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_BACKBONE, check_frozen, load_case, official
+from conftest import TINY_BACKBONE, check_frozen, gen, load_case, official
 
 import fpd
 import models
@@ -16,6 +16,18 @@ MASKGEN_SCHEDULES = load_case("maskgen_vq", "schedules").info
 
 def full(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture
+def guided(monkeypatch):
+    """Tokens, guidance and guided logits of each step of a sampler, in a list."""
+    seen, guided_logits = [], fpd.guided_logits
+
+    def spy(model, z, c, s):
+        seen.append((z.clone(), s, guided_logits(model, z, c, s)))
+        return seen[-1][2]
+    monkeypatch.setattr(fpd, "guided_logits", spy)
+    return seen
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -88,28 +100,22 @@ def test_maskgit_equals_the_official_network(name):
 
 
 @pytest.mark.parametrize("name", ["sampler_trace", "sampler_trace_hot"])
-def test_sampler_repeats_the_official_trace_of_maskgit(name, monkeypatch):
+def test_sampler_repeats_the_official_trace_of_maskgit(name, guided, monkeypatch):
     """Each step's input and guided logits are compared, and the final codes. The official w is our
     s - 1, and sm_temp multiplies."""
     case, model = official("maskgit_transformer", name)
     answer_mask_too(model)
     x, config = case.tensors, case.info["config"]
     B, steps = len(x["labels"]), config["step"]
-    seen, guided_logits = [], fpd.guided_logits
-
-    def spy(model, z, c, s):
-        seen.append((z.clone(), guided_logits(model, z, c, s)))
-        return seen[-1][1]
-    monkeypatch.setattr(fpd, "guided_logits", spy)
     recorded_tokens, recorded_gumbel = iter(x["sampled_tokens"]), iter(x["gumbel"])
     monkeypatch.setattr(fpd, "draw", lambda *_: next(recorded_tokens))
     monkeypatch.setattr(fpd, "gumbel", lambda *_: next(recorded_gumbel))
     codes = fpd.sample_maskgit(model, x["labels"], steps, None, s=1 + config["w"],
                                temperature=1 / config["sm_temp"],
                                noise=config["r_temp"]).clamp(max=model.K - 1)
-    before = torch.stack([z for z, _ in seen])
-    case.check("codes_before", before.view(steps, B, 4, 4).to(torch.int16))
-    case.check("guided_logits", torch.stack([logits for _, logits in seen]), atol=5e-5)
+    before, _, logits = zip(*guided, strict=True)
+    case.check("codes_before", torch.stack(before).view(steps, B, 4, 4).to(torch.int16))
+    case.check("guided_logits", torch.stack(logits), atol=5e-5)
     case.check("final_codes", codes.view(B, 4, 4).to(torch.int16))
     assert fpd.reveal_counts(16, steps) == case.info["token_counts"]
 
@@ -141,8 +147,7 @@ def test_the_training_mask_equals_that_of_maskgit():
     case, = (case for case in cases if case["mode"] == "arccos")
     ratio = fpd.gamma(torch.tensor(case["r"]))
     np.testing.assert_allclose(ratio, case["val_to_mask"], atol=1e-6)
-    z, generator = torch.zeros(len(ratio), 256, dtype=torch.long), torch.Generator().manual_seed(0)
-    _, is_masked = fpd.remask(z, ratio, 1024, generator)
+    _, is_masked = fpd.remask(torch.zeros(len(ratio), 256, dtype=torch.long), ratio, 1024, gen())
     assert is_masked.sum(1).tolist() == case["num_masked"]
 
 
@@ -241,17 +246,11 @@ def test_remask_counts_equal_the_official_schedule_of_maskgen():
 @pytest.mark.parametrize("s, weights", [
     (13.0, [1 + g for g in MASKGEN_SCHEDULES["cfg_scale_g12"]["cosine/16"]]),
     (1.5, [1.5] * 4), (1.0, [1.0] * 4)])
-def test_the_guidance_of_maskgen_ramps_up(s, weights, monkeypatch):
+def test_the_guidance_of_maskgen_ramps_up(s, weights, guided):
     """s = 1 is no guidance here, as everywhere in this project, so its ramp does not begin at 2."""
     model, c = captioned()
-    seen, guided_logits = [], fpd.guided_logits
-
-    def spy(model, z, c, s):
-        seen.append(s)
-        return guided_logits(model, z, c, s)
-    monkeypatch.setattr(fpd, "guided_logits", spy)
-    fpd.sample_maskgen(model, c, len(weights), torch.Generator().manual_seed(0), s=s)
-    np.testing.assert_allclose(seen, weights, atol=1e-5)
+    fpd.sample_maskgen(model, c, len(weights), gen(), s=s)
+    np.testing.assert_allclose([s for _, s, _ in guided], weights, atol=1e-5)
 
 
 # ---------------------------------------------------------------- CLIP's text tower
@@ -283,8 +282,7 @@ def test_backbone_maps_are_raw_block_outputs(name, blocks):
     """They equal those of a plain forward pass, without special tokens and final norm, and pass
     gradients to the images."""
     backbone = models.Backbone(name, 64).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = (2 * torch.rand(1, 3, 64, 64, generator=generator) - 1).requires_grad_()
+    images = (2 * torch.rand(1, 3, 64, 64, generator=gen()) - 1).requires_grad_()
     maps, outputs = backbone.maps(images, blocks), []
     assert [tuple(m.shape) for m in maps] == [(1, backbone.net.embed_dim, 4, 4)] * 4
     for i in blocks:
