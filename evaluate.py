@@ -6,8 +6,10 @@ scorer of scenes, GenEval's rules.
     reference (folder or .npz) ----+-- precision_recall (distances between single features)
     logits of generated images ------- inception_score
 
-Every metric is computed in float64 and follows one official implementation, named in its docstring;
-tests/golden holds their numbers. A distance is called FID only where the features are Inception's.
+FID, IS, precision, recall and GenEval's rules each follow one official implementation, named in the
+docstring, and tests/golden has its numbers; accuracy, spread, memorised share and the scorer of
+scenes are our own. All are computed in float64. A distance is called FID only where the features
+are Inception's.
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): of features
 """
@@ -33,11 +35,11 @@ from sample import (OFFICIAL, batches, chosen_networks, decode, draw_tokens, gen
 from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, fingerprint, image_files, paint,
                        parse_caption, read_image, to_float, world)
 
-# Rounds of Eq. 3's operator in the row "fixed point"
+# The row "fixed point" shows so many rounds of Eq. 3's operator.
 ROUNDS = 8
-# Rows of a distance matrix that are computed at a time, so that memory does not grow as N^2
+# So many rows of a distance matrix are computed at a time, so that memory does not grow as N^2.
 BLOCK = 1000
-# Column headings that differ from the key
+# Column headings that differ from the key.
 HEADS = dict(fd="FD", fid="FID", inception_score="IS", inception_score_std="+-", precision="prec.",
              accuracy="acc.", ms_per_image="ms/image")
 
@@ -51,7 +53,7 @@ def text_table(rows, *keys):
             values = ["" if value is None else value for value in values]
             cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
             cells = [HEADS.get(key, key), *cells]
-            # words are aligned on the left, numbers on the right
+            # Words are aligned on the left, numbers on the right.
             align = str.ljust if key in ("model", "table", "row") else str.rjust
             columns.append([align(text, max(map(len, cells))) for text in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
@@ -60,8 +62,8 @@ def text_table(rows, *keys):
 # ---------------------------------------------------------------- the scores
 def statistics(features):
     """Features (N, D) -> mu (D,), sigma (D, D) float64: mean and unbiased covariance."""
-    # float64 before the mean, since a float32 sum over 50,000 rows loses digits that the difference
-    # of two means needs
+    # This is float64 before the mean is taken, because a float32 sum over 50,000 rows loses digits
+    # that the difference of two means needs.
     features = np.asarray(features, dtype=np.float64)
     return features.mean(0), np.cov(features, rowvar=False)
 
@@ -74,7 +76,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = scipy.linalg.eigh(sigma1)
     A = vectors * np.sqrt(values.clip(0))
     values = scipy.linalg.eigvalsh(A.T @ sigma2 @ A)
-    # Where a sigma is singular, some are rounding errors, whose roots would count (1e-16: 1e-8).
+    # Where a sigma is singular, some eigenvalues are rounding errors, and their roots are not small
+    # (the root of 1e-16 is 1e-8).
     values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
     distance = np.sum((mu1 - mu2) ** 2)
     return float(distance + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(values).sum())
@@ -84,17 +87,17 @@ def inception_score(logits, splits=10):
     """exp of the mean KL(p(class | image) || p(class)), per split, as torch-fidelity computes it
     (Salimans et al. 2016).
 
-    logits (N, C), N >= splits   the official score takes Inception's with path="legacy"
+    logits (N, C), N >= splits   the official score takes those of Inception with path="legacy"
     returns   mean and (population) standard deviation over the splits
     """
     logits = torch.as_tensor(logits).double()
     N, scores = len(logits), []
-    # The official order; a sorted list would otherwise give splits of few classes each.
+    # This is the official order. Without it, the splits of a sorted list would have few classes.
     order = np.random.RandomState(2020).permutation(N)
     for i in range(splits):
         part = order[i * N // splits:(i + 1) * N // splits]
         log_p = logits[part].log_softmax(1)                                       # (n, C)
-        # (C,) log of the mean; finite where the mean underflows
+        # The log of the mean, (C,). In this form it is finite where the mean underflows.
         log_q = log_p.logsumexp(0) - np.log(len(part))
         kl = (log_p.exp() * (log_p - log_q)).sum(1)
         scores.append(kl.mean().exp().item())
@@ -118,34 +121,33 @@ def kth_distance(x, others, k):
 
 
 def precision_recall(real, fake, k=3):
-    """Share of fakes inside the manifold of real images, and of reals inside the fakes'
+    """Share of fakes inside the manifold of real images, and of real images inside the fakes' one
     (Kynkaanniemi et al. 2019, code of prdc).
 
     real (N, D), fake (M, D)   features; a set's manifold is the union of balls that reach to each
                                point's k-th neighbour
     """
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
-    # k + 1, since the nearest row of all is the row itself
+    # A point is not its own neighbour: the nearest of the k + 1 rows is the row itself.
     real_radius, fake_radius = kth_distance(real, real, k + 1), kth_distance(fake, fake, k + 1)
     fake_inside, real_inside = torch.zeros(len(fake), dtype=torch.bool), []
     for part, radius in zip(real.split(BLOCK), real_radius.split(BLOCK)):
         d = pairwise_distances(part, fake)                                        # (BLOCK, M)
-        # strictly inside: a point on the sphere is out
+        # A point on the surface of a ball is outside.
         fake_inside |= (d < radius[:, None]).any(0)
         real_inside.append((d < fake_radius).any(1))
     return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
 
 
 def memorised_share(fake, held_out, training):
-    """Share of fakes that are suspiciously near to an image that was trained on.
+    """Memorised share: how many fakes are as near to a training image as only one new image in
+    twenty is. New images give 0.05, copies 1. (After Alaa et al. 2022 and Meehan et al. 2020.)
 
-    fake, held_out, training (., D)   features: of generated images, of other real images, of those
-                                      that were trained on
-    Suspicious is a distance to the nearest training image that only one held-out image in twenty
-    has: new images give 0.05, copies 1. (After Alaa et al. 2022 and Meehan et al. 2020.)
+    fake, held_out, training (., D)   features of generated images, of real images that were not
+                                      trained on, and of those that were
     """
     fake, held_out, training = (torch.as_tensor(x).double() for x in (fake, held_out, training))
-    # If held-out images have equals among the others, the limit would be a rounding error.
+    # Where held-out images are equal to training images, the limit would be a rounding error.
     limit = kth_distance(held_out, training, 1).quantile(0.05).clamp(min=1e-4 * training.std())
     return (kth_distance(fake, training, 1) <= limit).double().mean().item()
 
@@ -168,8 +170,8 @@ def read_batches(files, batch):
 
 
 def reference(path, extract, batch=50):
-    """What to compare with: a folder of images (also in subfolders), or a .npz with mu and sigma,
-    or with ADM's arr_0 (N, H, W, 3) uint8.
+    """The reference of the scores: a folder of images (also in subfolders), or a .npz with mu and
+    sigma, or with ADM's arr_0 (N, H, W, 3) uint8.
 
     extract   as in `collect`; ready-made mu and sigma must come from the same network and path
     returns   mu (D,), sigma (D, D), features (N, D) float32 or None where there are no images; in
@@ -188,9 +190,9 @@ def reference(path, extract, batch=50):
 
 
 # ---------------------------------------------------------------- scenes: an exact scorer
-# Areas of SHAPES at radius 1 (the tests measure them)
+# The areas of SHAPES at radius 1 (the tests measure them).
 AREAS = torch.tensor([2.835, 2.822, 1.572, 2.258])
-# Trial rotations in radians; wider than those of scenes because decoded edges are blurred
+# The rotations that are tried, in radians. Scenes has smaller ones, but decoded edges are blurred.
 TURNS = torch.linspace(-.2, .2, 5)
 
 
@@ -209,15 +211,15 @@ def area_and_centre(cover):
 
 
 def scene_objects(image):
-    """What is on a picture of the scenes world, read off its pixels. (3, H, W) uint8 -> list of
-    dict, the clearest object first.
+    """The objects in an image of the scenes world, found from its pixels. (3, H, W) uint8 -> list
+    of dict, the clearest object first.
 
     shape, colour   names of SHAPES and COLOURS;  box: left, top, right, bottom pixel
     fit             0.7 to 1, how well it covers the shape's drawing of equal centre and area
     """
     x, palette = to_float(image), torch.tensor(list(COLOURS.values()))
     background = background_of(x)
-    # every shape in every turn
+    # Every shape is tried in every rotation.
     shape = torch.arange(len(SHAPES)).repeat_interleave(len(TURNS))               # (m,)
     turn, m = TURNS.repeat(len(SHAPES)), len(shape)
     # Objects that touch are one region, and fit no shape.
@@ -225,12 +227,12 @@ def scene_objects(image):
     found = []
     for k, (rows, columns) in enumerate(scipy.ndimage.find_objects(regions), 1):
         inside = torch.from_numpy(regions == k)                                   # (H, W)
-        # half of the smallest object
+        # This is half of the smallest object.
         if inside.sum() < 16:
             continue
         names = torch.cdist(x[:, inside].T, palette).argmin(1)                    # (pixels,)
         name = int(names.mode().values)
-        # the hue of this very object, since hues vary
+        # The hue of this object, because hues vary from object to object.
         hue = x[:, inside][:, names == name].median(1).values[:, None, None]      # (3, 1, 1)
         cover = 1 - (x - hue).norm(dim=0) / (background - hue).norm()             # (H, W)
         cover = cover.clamp(0, 1) * torch.from_numpy(scipy.ndimage.binary_dilation(regions == k))
@@ -243,20 +245,20 @@ def scene_objects(image):
         if fit >= 0.7:
             found.append(dict(shape=SHAPES[shape[best]], colour=list(COLOURS)[name], box=box,
                               fit=float(fit)))
-    return sorted(found, key=lambda thing: -thing["fit"])
+    return sorted(found, key=lambda item: -item["fit"])
 
 
 def scene_correct(image, caption):
-    """Does a picture (3, H, W) uint8 show what its caption says?
+    """Does an image (3, H, W) uint8 show what its caption says?
 
-    By GenEval's rules: only what is counted must be there in just that number, and the clearest
-    objects decide about the position (`relative_position`).
+    The rules are GenEval's: the number of objects matters only where the caption counts them, and
+    the clearest objects decide about the position (`relative_position`).
     """
     wanted, objects = parse_caption(caption), scene_objects(image)
     groups = []
     for colour, shape in wanted["objects"]:
-        groups.append([thing for thing in objects
-                       if thing["shape"] == shape and colour in (None, thing["colour"])])
+        groups.append([item for item in objects
+                       if item["shape"] == shape and colour in (None, item["colour"])])
     if wanted["tag"] == "counting":
         return len(groups[0]) == len(groups)
     if wanted["relation"] is None or not all(groups):
@@ -274,7 +276,7 @@ def tag_shares(results):
 
 
 def scene_scores(images, captions):
-    """Share of the pictures (N, 3, H, W) uint8 that show their captions -> as of `tag_shares`."""
+    """Share of the images (N, 3, H, W) uint8 that show their captions -> as `tag_shares`."""
     return tag_shares([(parse_caption(caption)["tag"], scene_correct(image, caption))
                        for image, caption in zip(images, captions, strict=True)])
 
@@ -318,7 +320,7 @@ def table(content):
 
 
 def headline(row):
-    """A row's first number, for the title of its pictures; "" where it has none."""
+    """A row's first number, for the title of its images; "" where it has none."""
     if "overall" in row:
         return f"{100 * row['overall']:.0f} %"
     return f"FD {row['fd']:.1f}" if "fd" in row else ""
@@ -341,8 +343,8 @@ def spread(images, labels):
 
 
 def judged(judge, images):
-    """Features and logits of the evaluation classifier for (N, 3, H, W) uint8 images, as of
-    `collect`."""
+    """Features and logits of the evaluation classifier for (N, 3, H, W) uint8 images. -> what
+    `collect` returns"""
     device = next(judge.parameters()).device
     parts = tqdm(images.split(200), "features", leave=False)
     return collect(parts, lambda part: judge(to_float(part).to(device)))
@@ -557,21 +559,21 @@ def official_report(args, nets, folder, device):
 
 
 # ---------------------------------------------------------------- GenEval (Table 1)
-# Ghosh et al. 2023: 553 captions, each with the objects, counts, colours and positions that its
-# images must show, and the rules of the official scorer. Its detector, Mask2Former Swin-S with CLIP
-# ViT-L/14 for the colours, is not here: the findings of any detector come in a file.
+# GenEval (Ghosh et al. 2023) has 553 captions, each with the objects, counts, colours and positions
+# that its images must show. Here are the rules of the official scorer. Its detector, Mask2Former
+# Swin-S with CLIP ViT-L/14 for the colours, is not here: a file has what any detector found.
 OBJECT_COLORS = "red orange yellow green blue purple pink brown black white".split()
 
 
 def relative_position(a, b):
-    """Where box a is, seen from box b -> those of RELATIONS that hold: none, one or two."""
+    """Where is box a, as seen from box b? -> the RELATIONS that hold: none, one or two"""
     a, b = np.asarray([a, b], dtype=np.float64).reshape(2, 2, 2)                  # (corner, axis)
-    # of the centres
+    # The offset of the centres, and the sum of both sizes.
     offset, sizes = a.mean(0) - b.mean(0), a[1] - a[0] + b[1] - b[0]
     beyond = np.sign(offset) * (abs(offset) - 0.1 * sizes).clip(0)
     if (abs(beyond) < 1e-3).all():
         return []
-    # The norm is that of the whole offset, so no direction of near boxes reaches 0.5.
+    # It is divided by the norm of the whole offset, so near boxes reach 0.5 in no direction.
     dx, dy = beyond / np.linalg.norm(offset)
     holds = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
     return [relation for relation, does in zip(RELATIONS, holds) if does]
@@ -581,32 +583,32 @@ def kept_objects(detections, tag):
     """Detections of an image -> {class: those that count, the most confident first}."""
     threshold = 0.9 if tag == "counting" else 0.3
     kept = {}
-    # of equally confident ones the later comes first, as in the official code
-    for thing in sorted(detections, key=lambda thing: thing["confidence"])[::-1]:
-        if thing["confidence"] > threshold:
-            kept.setdefault(thing["class"], []).append(thing)
-    return {name: things[:16] for name, things in kept.items()}
+    # Of two equally confident detections the later comes first, as in the official code.
+    for detection in sorted(detections, key=lambda detection: detection["confidence"])[::-1]:
+        if detection["confidence"] > threshold:
+            kept.setdefault(detection["class"], []).append(detection)
+    return {name: group[:16] for name, group in kept.items()}
 
 
 def is_correct(objects, prompt):
-    """Do an image's objects, as of `kept_objects`, show what the prompt asks for?
+    """Do the objects of an image, from `kept_objects`, satisfy the prompt?
 
-    They must meet every clause of include, which has a class, a count and maybe a color or a
-    position (relation, index of an earlier clause), and none of exclude.
+    They must satisfy every clause of include and no clause of exclude. A clause has a class, a
+    count and maybe a color or a position (relation, index of an earlier clause).
     """
     groups = []
     for clause in prompt["include"]:
-        # the most confident ones alone decide about colour and position
+        # Only the most confident objects decide about colour and position.
         found = objects.get(clause["class"], [])[:int(clause["count"])]
         good = len(found) == clause["count"]
         if "color" in clause:
-            good = good and all(thing["color"] == clause["color"] for thing in found)
+            good = good and all(item["color"] == clause["color"] for item in found)
         if "position" in clause:
             relation, target = clause["position"]
-            # every object must stand so to every target, and there must be targets
+            # The relation must hold for every pair of object and target, and there must be targets.
             good = good and groups[target] and all(
-                relation in relative_position(thing["box"], other["box"])
-                for thing, other in itertools.product(found, groups[target]))
+                relation in relative_position(item["box"], other["box"])
+                for item, other in itertools.product(found, groups[target]))
         groups.append(found if good else [])
     return all(groups) and all(len(objects.get(clause["class"], [])) < clause["count"]
                                for clause in prompt.get("exclude", []))
@@ -618,7 +620,7 @@ def read_jsonl(path):
 
 
 def geneval_scores(detections, prompts):
-    """The official rules on two files -> as of `tag_shares`, and how many images and prompts.
+    """The official rules, applied to two files. -> what `tag_shares` returns, images=, prompts=
 
     prompts      GenEval's evaluation_metadata.jsonl
     detections   one line for each image, also where nothing was seen (an empty list):
@@ -633,12 +635,12 @@ def geneval_scores(detections, prompts):
     n, results = round(len(lines) / len(prompts)), {}
     wanted = set(itertools.product(range(len(prompts)), range(n)))
     for line in lines:
-        for thing in line["detections"]:
-            x0, y0, x1, y1 = thing["box"]
-            # an object that is misspelt or in other units would count as missing
-            if not (thing["class"] in known and thing.get("color", "red") in OBJECT_COLORS
-                    and 0 <= thing["confidence"] <= 1 and x0 <= x1 and y0 <= y1):
-                raise ValueError(f"{detections}: {line['image']} has {thing}: an unknown class or "
+        for item in line["detections"]:
+            x0, y0, x1, y1 = item["box"]
+            # An object that is misspelt or in other units would count as missing.
+            if not (item["class"] in known and item.get("color", "red") in OBJECT_COLORS
+                    and 0 <= item["confidence"] <= 1 and x0 <= x1 and y0 <= y1):
+                raise ValueError(f"{detections}: {line['image']} has {item}: an unknown class or "
                                  "color, or no box or confidence in [0, 1]")
         index, _, name = line["image"].split("/")[-3:]
         image = int(index), int(Path(name).stem)
@@ -648,7 +650,7 @@ def geneval_scores(detections, prompts):
         prompt = prompts[image[0]]
         objects = kept_objects(line["detections"], prompt["tag"])
         results[image] = prompt["tag"], is_correct(objects, prompt)
-    # An image without a line, on which nothing was seen, would not count as wrong.
+    # An image on which nothing was seen needs a line, too: without it, it would not count as wrong.
     if len(results) < max(len(wanted), len(lines)):
         raise ValueError(f"{detections}: {len(lines)} lines about {len(results)} of {len(wanted)} "
                          f"images; missing (prompt, image): {sorted(wanted - results.keys())[:3]}")
