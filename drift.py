@@ -4,23 +4,28 @@ drafts' features       X (B, F, D) --+
                                      +--> V_h for each bandwidth h (Eq. 6) --> loss (Eq. 7)
 refinements' features  Y (B, F, D) --+
 
-Called by fpd.py. Nothing in here depends on tokens, images or the teacher: X and Y are two clouds
-of particles, and only particles at the same position (second axis) are compared.
+Nothing in here depends on tokens, images or the teacher: X and Y are two clouds of particles. Only
+particles at the same index of the second axis are compared: a position of the grid or, for labels,
+a pair (class, position). `python drift.py` shows Eq. 6 in the plane, and where it is at rest.
 
     B, C particles   F positions   D feature width   V the drift
     h one bandwidth, in units of the mean distance
 """
+import cmath
+import math
+
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 
 def distances(X, Y):
     """Euclidean distances between the particles of each position.
 
     X (F, B, D), Y (F, C, D) -> (F, B, C)
-    The official drifting code has the same lower bound, 1e-8, under the root. The distance of a
-    particle to itself is not 0 but a rounding error, in float32 up to about 1e-2 of the mean.
+    The lower bound of 1e-8 is that of the official drifting code. In float32 the distance of a
+    particle to itself is a rounding error of up to about 1e-2 of the mean.
     """
-    # |x - y|^2 = x^2 + y^2 - 2 x y, whose only expensive part is one batched matrix product
+    # |x - y|^2 = x^2 + y^2 - 2 x y, whose only expensive part is one batched matrix product.
     x2 = X.pow(2).sum(-1)[:, :, None]                               # (F, B, 1)
     y2 = Y.pow(2).sum(-1)[:, None, :]                               # (F, 1, C)
     return (x2 + y2 - 2 * X @ Y.transpose(1, 2)).clamp(min=1e-8).sqrt()
@@ -29,62 +34,70 @@ def distances(X, Y):
 def double_softmax(logits):
     """The "doubly-normalized softmax" of Sec. 3.3: over the targets and over the particles.
 
-    logits (F, B, C) -> square root of the product of both, (F, B, C)
+    The one over the targets says to which of them a particle listens. The one over the particles
+    keeps a target from being taken by all.   logits (F, B, C) -> root of their product, (F, B, C)
     """
     return (logits.softmax(2) * logits.softmax(1)).sqrt()
 
 
-def drift(X, Y, h, joint=True, self_negative=False, own_target=False):
-    """Where the drafts should move: V_h of Eq. 6, for one bandwidth.
+def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
+    """Where the drafts should move: V_h of Eq. 6, for each bandwidth h.
 
-    X (B, F, D)      features of the drafts. The negatives X_sigma(j) of X_i in Eq. 6 are the other
-                     drafts: sigma runs through the cyclic shifts of the batch by 1, ..., B - 1
+        V_h(X_i) = sum_j a+_ij (Y_j - X_i) - sum_j a-_ij (X_sigma(j) - X_i)                  Eq. 6
+        loss = sum_h 1 / Z_h mean_i |X_i - sg(X_i + V_h(X_i))|^2                             Eq. 7
+
+    Refinements attract, and drafts repel each other, so that they do not gather. The Laplace kernel
+    exp(-distance / h) falls more slowly than a Gaussian one: distant targets still count. There are
+    several h: a small one moves the drafts that are near a target, a large one all of them.
+
+    X (B, F, D)      features of the drafts
     Y (C, F, D)      features of the refinements; C may differ from B if own_target
-    h                bandwidth of the Laplace kernel exp(-distance / h), in units of the mean
-                     distance, so that 0.02 means the same in every feature space
+    bandwidths       the set H of the h, each in units of the mean distance
     joint            True: attraction and repulsion share one normalisation and have equal weight
                      (Deng et al. 2026). False: each has its own, as Eq. 6 is printed
-    self_negative    whether X_i is one of its own negatives. It exerts no force on itself, but
-                     takes its share of the affinities a-
-    own_target       whether Y_i, the refinement of X_i, is one of the targets of X_i. Without
-                     self_negative and own_target, X_i is compared only with particles that are
-                     independent of it. V is then 0 on average where drafts and refinements have
-                     the same distribution, that is, where Eq. 3 holds
-    returns          V (B, F, D), float32, without gradient
+    self_negative    whether X_i is one of its own negatives. Its own force is zero, but it enters
+                     the softmax, and so weakens all other negatives
+    own_target       whether Y_i, the refinement of X_i, is one of the targets of X_i
+    returns          list of V_h (B, F, D), one for each h, float32, without gradient
+
+    By default X_i is compared only with particles that are independent of it. V is then 0 on
+    average where (X_i, Y_i) is as likely as (Y_i, X_i).
     """
     B = X.shape[0]
     if B < 2 and not self_negative:
-        raise ValueError("drift needs at least 2 drafts that are compared with each other: "
-                         "a single draft has no negatives")
+        raise ValueError("drift needs at least 2 drafts: a single draft has no negatives")
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
-        # in bfloat16, the distances to all particles of a neighbourhood would round to one number
+        # In bfloat16, the distances to all particles of a neighbourhood would round to one number.
         dtype = torch.promote_types(X.dtype, torch.float32)
         X = X.detach().to(dtype).transpose(0, 1)                    # (F, B, D)
         Y = Y.detach().to(dtype).transpose(0, 1)                    # (F, C, D)
-        to_X, to_Y = distances(X, X), distances(X, Y)               # (F, B, B), (F, B, C)
-        # the mean distance, one number for all positions
-        unit = torch.cat([to_X, to_Y], 2).mean().clamp(min=1e-3)
-        # a+- ~ exp(-|X_i - .| / h): the exponents are the logits of the softmaxes
-        l_neg, l_pos = -to_X / unit / h, -to_Y / unit / h
-        # excluded pairs get 100 extra units of distance: their affinity underflows to 0
-        own = torch.eye(B, dtype=dtype, device=X.device) * 100 / h
+        d_neg, d_pos = distances(X, X), distances(X, Y)             # (F, B, B), (F, B, C)
+        # The unit is the mean distance: an h then means the same in every feature space.
+        unit = torch.cat([d_neg, d_pos], 2).mean().clamp(min=1e-3)
+        d_neg, d_pos = d_neg / unit, d_pos / unit
+        # An excluded pair is moved 100 units apart, where its affinity underflows to 0.
+        own = 100 * torch.eye(B, dtype=dtype, device=X.device)
         if not self_negative:
-            l_neg = l_neg - own
+            d_neg = d_neg + own
         if not own_target:
-            l_pos = l_pos - own
-        if joint:
-            a = double_softmax(torch.cat([l_neg, l_pos], 2))
-            a_neg, a_pos = a[..., :B], a[..., B:]
-            # Each side is multiplied by the sum of the other, so that both sums are equal. X_i then
-            # cancels in Eq. 6, and V_i is a weighted sum of the differences Y_j - X_k
-            sum_neg, sum_pos = a_neg.sum(2, keepdim=True), a_pos.sum(2, keepdim=True)
-            a_neg, a_pos = a_neg * sum_pos, a_pos * sum_neg
-        else:
-            a_neg, a_pos = double_softmax(l_neg), double_softmax(l_pos)
-        # Eq. 6, sum_j a+_ij (Y_j - X_i) and sum_j a-_ij (X_sigma(j) - X_i)
-        attract = a_pos @ Y - a_pos.sum(2, keepdim=True) * X        # (F, B, D)
-        repel = a_neg @ X - a_neg.sum(2, keepdim=True) * X          # (F, B, D)
-        return (attract - repel).transpose(0, 1)                    # (B, F, D)
+            d_pos = d_pos + own
+        drifts = []
+        for h in bandwidths:
+            # a+- ~ exp(-|X_i - .| / h): the exponents are the logits of the softmaxes.
+            if joint:
+                a = double_softmax(-torch.cat([d_neg, d_pos], 2) / h)
+                a_neg, a_pos = a[..., :B], a[..., B:]
+                # Each side is multiplied by the sum of the other, so that both sums are equal. X_i
+                # then cancels in Eq. 6, and V_i = sum_j sum_k a+_ij a-_ik (Y_j - X_k).
+                sum_neg, sum_pos = a_neg.sum(2, keepdim=True), a_pos.sum(2, keepdim=True)
+                a_neg, a_pos = a_neg * sum_pos, a_pos * sum_neg
+            else:
+                a_neg, a_pos = double_softmax(-d_neg / h), double_softmax(-d_pos / h)
+            # Eq. 6: sum_j a+_ij (Y_j - X_i) and sum_j a-_ij (X_sigma(j) - X_i).
+            attract = a_pos @ Y - a_pos.sum(2, keepdim=True) * X    # (F, B, D)
+            repel = a_neg @ X - a_neg.sum(2, keepdim=True) * X      # (F, B, D)
+            drifts.append((attract - repel).transpose(0, 1))        # (B, F, D)
+    return drifts
 
 
 def rms(V, scale):
@@ -109,12 +122,83 @@ def drift_loss(X, Y, bandwidths, **form):
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     scale = X.detach().std().clamp(min=1e-3)
     loss, logs = 0.0, {}
-    for h in bandwidths:
-        V = drift(X, Y, h, **form)                                  # (B, F, D)
+    for h, V in zip(bandwidths, drift(X, Y, bandwidths, **form)):   # V (B, F, D)
         Z = rms(V, scale)
-        # Eq. 7; the paper's sg(.) is .detach() here
+        # Eq. 7; the paper's sg(.) is .detach() here.
         loss = loss + (X - (X + V).detach()).pow(2).mean() / Z
         logs[f"rms_{h:g}"] = Z
         if X.shape == Y.shape:
             logs[f"cos_{h:g}"] = torch.cosine_similarity(V, (Y - X).detach(), dim=2).mean()
     return loss, logs
+
+
+# ---------------------------------------------------------------- Eq. 6 seen: `python drift.py`
+# Is the own refinement among the targets, is a draft itself among its negatives, and are both sides
+# normalised together or each alone? The negatives of Eq. 6 are "cyclic in-batch shifts". The sum
+# over j of one cyclic shift meets i itself once, the sum over all shifts but 0 never does, and the
+# paper does not say which it is. What we call "Eq. 6 as printed" has i itself in.
+FORMS = {
+    "in, out, together (the official drifting code, given pairs)": dict(own_target=True),
+    "in, out, alone": dict(own_target=True, joint=False),
+    "in, in, alone (Eq. 6 as printed; the default for captions)":
+        dict(own_target=True, self_negative=True, joint=False),
+    "in, in, together": dict(own_target=True, self_negative=True),
+    "out, out, together (the default for labels)": {}}
+
+
+def drift_at_rest(rho, bandwidths, batches=60, **form):
+    """The component of V along X at a known fixed point, where it should be 0, in units of X.
+
+    X is Gaussian, and Y = rho X + noise has the same distribution, as a refinement of X has where
+    Eq. 3 holds. Above 0 the drafts spread, below 0 they gather.   -> mean and standard error, (H,)
+    """
+    generator, along = torch.Generator().manual_seed(0), []
+    for _ in range(batches):
+        X, noise = (torch.randn(16, 64, 8, generator=generator) for _ in range(2))
+        drifts = drift(X, rho * X + (1 - rho ** 2) ** 0.5 * noise, bandwidths, **form)
+        along.append(torch.stack([(V * X).mean() / X.pow(2).mean() for V in drifts]))
+    along = torch.stack(along)                                      # (batches, H)
+    return along.mean(0), along.std(0) / batches ** 0.5
+
+
+def draw_drift(bandwidths):
+    """One panel for each h, and one for the sum of V_h / Z_h, along which Eq. 7 moves the drafts.
+
+    The longest arrow is drawn equally long in every panel.   -> PIL image
+    """
+    generator, side = torch.Generator().manual_seed(0), 1230
+    angle = 2 * math.pi * torch.arange(40)[:, None] / 40
+    ring = torch.cat([angle.cos(), -angle.sin()], 1)                # (40, 2), y points down
+    X = ring * (1 + 0.3 * angle.cos()) + 0.05 * torch.randn(40, 2, generator=generator)
+    Y = X + ring * (0.5 - 0.4 * angle.sin())                        # farther out, less so on top
+    drifts = [V[:, 0] for V in drift(X[:, None], Y[:, None], bandwidths)]   # (40, 2) each
+    panels = [(f"h = {h:g}", V) for h, V in zip(bandwidths, drifts)]
+    panels.append(("all: sum of V_h / Z_h", sum(V / rms(V, X.std()) for V in drifts)))
+    # Everything is drawn three times as large and then scaled down, which makes lines smooth.
+    picture = Image.new("RGB", (side * len(panels), 1390), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(66)
+    for i, (title, V) in enumerate(panels):
+        pen.text((side * i + 615, 50), title, "black", font, anchor="mm")
+        places = torch.stack([X, Y, X + 0.6 * V / V.norm(dim=1).max()], 1)  # (40, 3, 2)
+        places = 280 * places + torch.tensor([side * i + 555, 615])
+        for start, target, tip in places.tolist():
+            length, turn = cmath.polar(complex(*start).conjugate() - complex(*tip).conjugate())
+            pen.circle(target, 14, outline="orangered", width=6)
+            pen.circle(start, 13, "navy")
+            pen.line(start + tip, "navy", 8)
+            pen.regular_polygon((tip, length / 5), 3, math.degrees(turn) + 90, "navy")
+    pen.text((side, 1290), "drafts X, which move along V_h", "navy", font)
+    pen.text((side * 2 + 100, 1290), "refinements Y, the targets", "orangered", font)
+    return picture.resize((410 * len(panels), 463), Image.Resampling.LANCZOS).quantize(32)
+
+
+def main():
+    print(f"{'component of V along X at a known fixed point':60}   h = 0.05    0.2    0.5")
+    for name, form in FORMS.items():
+        mean, _ = drift_at_rest(0.95, (0.05, 0.2, 0.5), **form)
+        print(f"{name:60}   " + "   ".join(f"{component:+z.3f}" for component in mean))
+    draw_drift((0.02, 0.05, 0.2)).save("drift.png")
+
+
+if __name__ == "__main__":
+    main()

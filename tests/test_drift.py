@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_case
+from PIL import Image
 
-from drift import distances, double_softmax, drift, drift_loss
+import drift as drift_module
+from drift import distances, double_softmax, drift, drift_at_rest, drift_loss
 
 GOLDEN = load_case("drift_loss", "cases")
 # The cases with extra negatives (pos_neg, pos_neg_weighted, single_R, larger) are left out. There
@@ -73,10 +75,9 @@ def test_unit_and_drift_of_each_bandwidth_equal_the_official_scale_and_force(cas
     x, y = X.transpose(0, 1), Y.transpose(0, 1)
     unit = torch.cat([distances(x, x), distances(x, y)], 2).mean()
     assert unit.item() == pytest.approx(case["info"]["scale"], rel=5e-5)
-    for h in H:
-        force = drift(X, Y, h, **OFFICIAL) / s
+    for h, V in zip(H, drift(X, Y, H, **OFFICIAL), strict=True):
         expected = case["info"][f"loss_{h}"]
-        assert force.pow(2).mean().item() == pytest.approx(expected, rel=5e-5)
+        assert (V / s).pow(2).mean().item() == pytest.approx(expected, rel=5e-5)
 
 
 @golden
@@ -85,8 +86,7 @@ def test_sum_of_normalised_drifts_equals_the_official_loss(case, floor):
     below a constant, whereas ours, sum_h RMS(V_h), can."""
     X, Y, _ = official(case)
     total = torch.zeros_like(X)                                     # (C_g, groups, S)
-    for h in H:
-        V = drift(X, Y, h, **OFFICIAL)
+    for V in drift(X, Y, H, **OFFICIAL):
         total = total + V / rms(V)
     expected = GOLDEN.arrays[case["name"] + ".loss"]
     np.testing.assert_allclose(total.pow(2).mean((0, 2)), expected, rtol=1e-5)
@@ -108,8 +108,9 @@ def test_a_lone_draft_is_refused_where_the_official_code_goes_on():
     case = next(case for case in GOLDEN.info["cases"] if case["name"] == "one_gen")
     X, Y, _ = official(case)
     with pytest.raises(ValueError, match="at least 2 drafts"):
-        drift(X, Y, 0.2)
-    assert drift(X, Y, 0.2, self_negative=True, own_target=True).isfinite().all()
+        drift(X, Y, (0.2,))
+    V, = drift(X, Y, (0.2,), self_negative=True, own_target=True)
+    assert V.isfinite().all()
 
 
 # ---------------------------------------------------------------- Eq. 6 the slow way
@@ -163,7 +164,7 @@ def test_drift_equals_eq_6_in_plain_loops(form, h, C):
     X, Y = clouds(B=4, C=C if form["own_target"] else 4, F=2, D=3)
     slow = slow_drift(X.tolist(), Y.tolist(), h, **form)
     expected = torch.tensor(slow, dtype=torch.float64)
-    V = drift(X, Y, h, **form)
+    V, = drift(X, Y, (h,), **form)
     assert V.shape == X.shape
     torch.testing.assert_close(V, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
 
@@ -175,10 +176,10 @@ def test_float32_agrees_with_float64(form):
     of a particle to itself about 1e-3 in place of 1e-4."""
     for near in (False, True):
         X, Y = clouds(B=8, C=8, D=32, near=near)
-        for h in (0.05, 0.2):
-            V = drift(X, Y, h, **form)
+        single = drift(X.float(), Y.float(), (0.05, 0.2), **form)
+        for V, V_single in zip(drift(X, Y, (0.05, 0.2), **form), single, strict=True):
             assert V.dtype == torch.float64
-            assert rms(drift(X.float(), Y.float(), h, **form) - V) < 5e-3 * rms(V)
+            assert rms(V_single - V) < 5e-3 * rms(V)
 
 
 @every_form
@@ -186,9 +187,9 @@ def test_half_precision_features_are_compared_in_float32(form):
     """Inputs in bfloat16 give the same drift as if they had been converted to float32 first, also
     under autocast, as in training."""
     X, Y = clouds(D=32, near=True, dtype=torch.bfloat16)
-    expected = drift(X.float(), Y.float(), 0.2, **form)
+    expected, = drift(X.float(), Y.float(), (0.2,), **form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        V = drift(X, Y, 0.2, **form)
+        V, = drift(X, Y, (0.2,), **form)
         assert V.dtype == torch.float32 and torch.equal(V, expected)
         loss, _ = drift_loss(X, Y, H, **form)
     assert loss.dtype == torch.float32 and loss.isfinite()
@@ -198,7 +199,7 @@ def test_half_precision_features_are_compared_in_float32(form):
 @every_form
 def test_loss_is_the_sum_of_the_rms_and_its_gradient_the_sum_of_the_normalised_drifts(form):
     X, Y = clouds()
-    narrow, wide = drift(X, Y, 0.05, **form), drift(X, Y, 0.2, **form)
+    narrow, wide = drift(X, Y, (0.05, 0.2), **form)
     X.requires_grad_()
     loss, logs = drift_loss(X, Y, (0.05, 0.2), **form)
     loss.backward()
@@ -214,14 +215,14 @@ def test_only_the_drafts_get_gradient():
     loss, logs = drift_loss(X, Y, H)
     loss.backward()
     assert X.grad is not None and Y.grad is None
-    assert not any(value.requires_grad for value in (drift(X, Y, 0.2), *logs.values()))
+    assert not any(value.requires_grad for value in (*drift(X, Y, H), *logs.values()))
 
 
 def test_cosine_is_logged_where_each_draft_has_one_refinement():
     X, Y = clouds()
     logs = drift_loss(X, Y, (0.2,), **OFFICIAL)[1]
     assert set(logs) == {"rms_0.2", "cos_0.2"}
-    cosine = torch.cosine_similarity(drift(X, Y, 0.2, **OFFICIAL), Y - X, dim=2)
+    cosine = torch.cosine_similarity(drift(X, Y, (0.2,), **OFFICIAL)[0], Y - X, dim=2)
     assert logs["cos_0.2"].item() == pytest.approx(cosine.mean().item())
     assert set(drift_loss(X, Y[:5], (0.2,), **OFFICIAL)[1]) == {"rms_0.2"}
 
@@ -235,38 +236,39 @@ def test_a_collapsed_batch_gives_finite_numbers(form):
     assert loss.item() < 1e-5 and X.grad.isfinite().all()
 
 
+@every_form
+def test_a_bandwidth_does_not_depend_on_the_others(form):
+    X, Y = clouds(dtype=torch.float32)
+    for h, V in zip(H, drift(X, Y, H, **form), strict=True):
+        assert torch.equal(V, drift(X, Y, (h,), **form)[0])
+
+
 # ---------------------------------------------------------------- the own pair
-def outward(rho, h, batches=60, **form):
-    """The drift at a known fixed point: the mean of its component along X, in units of X, and the
-    standard error of that mean.
-
-    X is Gaussian, and Y = rho X + noise has the same distribution, as a refinement of X has where
-    Eq. 3 holds. A drift that is at rest there has mean 0: it neither spreads the drafts nor draws
-    them together.
-    """
-    generator = torch.Generator().manual_seed(0)
-    along = []
-    for _ in range(batches):
-        X = torch.randn(16, 64, 8, generator=generator)
-        noise = torch.randn(16, 64, 8, generator=generator)
-        V = drift(X, rho * X + (1 - rho ** 2) ** 0.5 * noise, h, **form)
-        along.append((V * X).mean() / X.pow(2).mean())
-    along = torch.stack(along)
-    return along.mean().item(), along.std().item() / batches ** 0.5
-
-
 @pytest.mark.parametrize("rho", [0.95, 0.7])
-@pytest.mark.parametrize("h", [0.05, 0.2, 0.5])
-def test_at_a_fixed_point_only_the_drift_without_the_own_pair_is_at_rest(rho, h):
+def test_at_a_fixed_point_only_the_drift_without_the_own_pair_is_at_rest(rho):
     """This is why it is the default: here the targets are made from the drafts.
 
     If the own refinement is a target and the draft is not its own negative, as when the official
     drifting code is given such pairs, drafts are pushed outwards without end. If it is both, as
     Eq. 6 is printed, they are drawn to their mean.
     """
-    rest, error = outward(rho, h)
-    outwards, _ = outward(rho, h, own_target=True)
-    inwards, _ = outward(rho, h, joint=False, self_negative=True, own_target=True)
-    assert abs(rest) < 4 * error
-    assert outwards > 10 * error and outwards > 10 * abs(rest)
-    assert inwards < -10 * error and inwards < -10 * abs(rest)
+    def component(**form):
+        return torch.stack(drift_at_rest(rho, (0.05, 0.2, 0.5), **form), 1).tolist()
+
+    rest, out = component(), component(own_target=True)
+    into = component(joint=False, self_negative=True, own_target=True)
+    for (mean, error), (outwards, _), (inwards, _) in zip(rest, out, into, strict=True):
+        assert abs(mean) < 4 * error
+        assert outwards > 10 * error and outwards > 10 * abs(mean)
+        assert inwards < -10 * error and inwards < -10 * abs(mean)
+
+
+def test_the_command_prints_the_table_and_writes_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    drift_module.main()
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and "h = 0.05" in header
+    assert rows[-1].split()[-3:] == ["+0.000"] * 3
+    with Image.open("drift.png") as picture:
+        assert picture.size == (1640, 463)
+    assert (tmp_path / "drift.png").stat().st_size < 60_000
