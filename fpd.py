@@ -1,4 +1,4 @@
-"""fpd.py - Fixed-Point Distillation: the paper's Sec. 3.1 to 3.4, in its order.
+"""fpd.py - Fixed-Point Distillation: the method of Sec. 3.1 to 3.4, and what it is compared with.
 
 z_init --student--> logits --sample--> draft z_hat --mask a share r--> z_masked --teacher--> z_ref
  (almost all masked)  |     (Eq. 4)      |                              (M_r)     (Eq. 5)      |
@@ -7,36 +7,38 @@ z_init --student--> logits --sample--> draft z_hat --mask a share r--> z_masked 
                       |                        drift loss (Eq. 6, 7) -+- Y <-- Phi <-- decoder +
                       +<--------------- gradient -------------+
 
-The student has converged when its drafts have the distribution of their own refinements, for every
-r: a fixed point (Eq. 3). `fpd_step` is one step towards it; `fixed_point` gets there without
-training.
-With `fpd_step` the method is complete. Below it: the teachers' own samplers, the optional GAN, and,
-for comparison, Di[M]O and SDTT.
+The few random codes in z_init are the student's latent, like the z of a GAN: without them all
+drafts of a condition would have the same logits, and their tokens would be independent.
+
+The student has converged when its drafts have the distribution of their own refinements: a fixed
+point (Eq. 3). The paper states this for every r. With a teacher that fills masked tokens
+independently of each other it can hold only on average over r ~ pi, and that is where the student
+comes to rest. `fpd_step` is one step towards it; `fixed_point` gets near it without training.
+
+With `fpd_step` the method is complete. Below it: the teachers' own samplers, the optional GAN, for
+comparison Di[M]O and SDTT, and two tokens, where the answer is known by hand (`python fpd.py`).
 
     B drafts   L tokens each   K codes (mask id = K)   d code width  c condition   E (K, d) codebook
     r share of masked positions   is_masked (B, L) bool, True = masked   guidance s: u + s (c - u)
-    generator: one torch.Generator for the batch, or a list of B, one per image (then image i does
-    not depend on its batch).
+    generator: one torch.Generator for the batch, or a list of B: no image depends on its batch then
 """
 import copy
 import math
-from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-import tokenizer as tok
 from drift import drift_loss
-from models import Discriminator, MaskGen, load_discriminator
 
 
 # ---------------------------------------------------------------- randomness
 def generators(seed, first, n, device):
     """One generator per image, so that an image does not depend on the batch it is drawn in."""
     if not 0 <= seed < 4294:
-        # a CPU's generator takes 32 bits: seed 2^26 would give the images of seed 0
+        # A CPU's generator takes 32 bits: seed 2^26 would give the images of seed 0.
         raise ValueError(f"seeds are 0 to 4293, not {seed}")
     return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
 
@@ -65,18 +67,21 @@ def draw(logits, temperature, generator):
 
 # ---------------------------------------------------------------- masking (Sec. 3.1)
 def gamma(t):
-    """gamma of Eq. 1, the teachers' "arccos": the share of masked positions at time t, from
-    gamma(0) = 1 to gamma(1) = 0. Our t runs with sampling, the paper's runs the other way."""
+    """gamma of Eq. 1, the teachers' "arccos" schedule: the share of masked positions at time t.
+
+    It falls from gamma(0) = 1 to gamma(1) = 0. Our t runs with sampling, the paper's against it.
+    """
     return torch.arccos(t) / (math.pi / 2)
 
 
 def masked_positions(rank, r):
     """Mask a share r (B,) of the positions, given in a random order. -> (B, L), True = masked
 
-    rank (B, L): the place of each position in that order. The count is exact, max(1, round(r L)),
-    so that every image is refined at the r that was drawn; in Eq. 1 it is exact on average only.
+    rank (B, L) is the place of each position in that order. The number of masked positions is
+    exactly max(1, round(r L)), so that every image is refined at the r that was drawn for it. In
+    Eq. 1, where each position is masked independently, it is r L on average only.
     """
-    n = (r * rank.shape[1]).round().clamp(min=1)                    # (B,), never none
+    n = (r * rank.shape[1]).round().clamp(min=1)                    # (B,), at least one
     return rank < n[:, None]
 
 
@@ -90,16 +95,12 @@ def remask(z, r, mask_id, generator):
     return z.masked_fill(is_masked, mask_id), is_masked
 
 
-def sample_ratio(B, low, high, generator, device="cpu"):
-    """r ~ pi of Eq. 5: the teacher's training law arccos(u) 2/pi, cut to [low, high]. -> (B,)"""
-    # arccos decreases, so the bounds of u are those of r in reverse order
-    u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
-    return gamma(u_low + (u_high - u_low) * uniform((B,), generator, device))
-
-
 # ---------------------------------------------------------------- the teacher (Sec. 3.1)
 def guided_logits(model, z, c, s):
-    """Guidance u + s (c - u), from one pass over the doubled batch. -> (B, L, K) float32"""
+    """Classifier-free guidance u + s (c - u), from one pass over the doubled batch.
+
+    z (B, L), c (B, ...) -> logits (B, L, K), float32
+    """
     if s == 1:                                                      # no guidance, no second half
         return model(z, c).float()
     drop = torch.arange(2 * len(z), device=z.device) >= len(z)      # True: the unconditional half
@@ -112,7 +113,7 @@ def guided_logits(model, z, c, s):
 def init_tokens(B, L, K, r_init, generator, device="cpu"):
     """z_init of Eq. 4: a share r_init of mask ids, the rest uniform random codes. -> (B, L)
 
-    This is the only noise that the student's network sees; its tokens are drawn afterwards.
+    These codes are the only noise that the student's network sees.
     """
     codes = (uniform((B, L), generator, device) * K).long()
     if r_init == 0:
@@ -121,15 +122,25 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
     return remask(codes, r, K, generator)[0]
 
 
-@torch.no_grad()
 def refine(teacher, z_masked, c, s, generator):
     """T_phi^r of Eq. 5: the teacher fills the masked positions of z_masked (B, L), guidance s.
 
-    Masked tokens are sampled, not maximised, because Eq. 3 is about distributions. All are filled,
-    although Sec. 3.1's operator masks some again, because the result is decoded.   -> z_ref (B, L)
+    Masked tokens are sampled, not maximised, because Eq. 3 is about distributions. All of them are
+    filled, although the operator of Sec. 3.1 masks some again, because the result must be decoded.
+    -> z_ref (B, L)
     """
     logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
     return torch.where(z_masked == teacher.K, draw(logits, 1.0, generator), z_masked)
+
+
+def sample_ratio(B, low, high, generator, device="cpu"):
+    """r ~ pi of Eq. 5: gamma(u) for uniform u, as in the teacher's training, cut to [low, high].
+
+    The paper does not give pi. Another one is tried here, and changes nothing else.   -> (B,)
+    """
+    # arccos decreases, so the bounds of u are those of r in reverse order.
+    u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
+    return gamma(u_low + (u_high - u_low) * uniform((B,), generator, device))
 
 
 def local_correction(teacher, z, c, cfg, generator):
@@ -146,8 +157,8 @@ def local_correction(teacher, z, c, cfg, generator):
 def fixed_point(teacher, z, c, cfg, generator, rounds):
     """Tokens z (B, L) after `rounds` of Eq. 3's operator, near its fixed point. -> (B, L)
 
-    This is the distribution that the student is trained towards. It needs no training: started from
-    samples of the teacher, it shows within seconds what a perfect student would draw.
+    The student is trained towards this distribution. Started from samples of the teacher, it is
+    known before any training. It is a reference, not a bound.
     """
     for _ in range(rounds):
         z, _ = local_correction(teacher, z, c, cfg, generator)
@@ -158,9 +169,9 @@ def fixed_point(teacher, z, c, cfg, generator, rounds):
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi; one X (B, F, D) for each block.
 
-    Both are frozen, yet gradients pass. cfg: blocks, grid (F = grid^2 positions), space, and
-    lift_chunk: so many images are lifted at a time, and the backward pass computes them once more.
-    That saves memory and is exact, since neither decoder nor Phi mixes the images of a batch.
+    Both are frozen, but gradients pass through them. It reads cfg.blocks, cfg.space, cfg.grid (F =
+    grid^2 positions) and cfg.lift_chunk: gradient checkpointing in chunks of so many images, which
+    takes less memory and gives the same gradient, because neither network mixes images.
     """
     def __init__(self, tokenizer, phi, cfg):
         self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
@@ -176,9 +187,9 @@ class Lift:
     def decode(self, e, c):
         """Code embeddings (B, L, d), condition (B, ...) -> images (B, 3, H, W).
 
-        No clamp, which would stop the gradient. The decoder runs in the precision of its own
-        weights: under autocast its norms would be float32, with copies before and after each of
-        them, a quarter of a training step's time on a GPU.
+        The images are not clamped, because a clamp stops the gradient. The decoder runs in the
+        precision of its own weights. Under autocast its norms would be float32, and the copies
+        before and after each of them would take a quarter of a training step on a GPU.
         """
         dtype = next(self.tokenizer.decoder.parameters()).dtype
         if c.is_floating_point():                                   # text states, not labels
@@ -198,84 +209,85 @@ class Lift:
             return [F.unfold(pixels, side, stride=side).transpose(1, 2)]    # (B, F, 3 side^2)
         X = []
         for m in self.phi.maps(images, self.cfg.blocks):            # (B, D, h, w)
-            # standardised, so that every location has the same weight
+            # Every location is standardised, so that all of them have the same weight.
             m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)
             X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))     # (B, F, D)
         return X
 
 
 def per_class_groups(X, n):
-    """Fold the classes of a batch into the position axis: only drafts of one class are compared.
+    """Fold the G classes of a batch into the position axis: only drafts of one class are compared.
 
-    As in the drifting paper (Deng et al. 2026). (G n, F, D) -> (n, G F, D)
+    Deng et al. (2026) compare within a class, too. (G n, F, D) -> (n, G F, D)
     """
     return X.unflatten(0, (-1, n)).transpose(0, 1).flatten(1, 2)
 
 
 # ---------------------------------------------------------------- the student (Sec. 3.4)
 def straight_through(logits, E, generator, temperature=1.0, soft=False):
-    """Hard codes forward, soft gradients backward (Eq. 8).
+    """Sample the draft (Eq. 4), with hard codes forward and soft gradients backward (Eq. 8).
 
     logits (B, L, K) of the student; E (K, d); temperature of the draft (divides)
-    soft      feed the decoder the mixture e_soft instead, the other row of Table 3a
-    returns   z_hat (B, L), the sampled draft, and e (B, L, d): E[z_hat] bit for bit unless soft
+    soft      return the mixture of codes e_soft as e instead, the other row of Table 3a
+    returns   z_hat (B, L), the draft, and e (B, L, d), bit for bit E[z_hat] unless soft
     """
     logits, E = logits.float(), E.float()
     z_hat = draw(logits, temperature, generator)                    # Eq. 4, z_hat ~ p_theta
-    # in float32, because bfloat16 would give codes that are near each other the same gradient
+    # In float32, because bfloat16 would give codes that are near each other the same gradient.
     with torch.autocast(logits.device.type, enabled=False):
-        # The mean code, at temperature 1 whatever that of the draft: in a colder softmax a nearly
-        # certain token would get nearly no gradient, right or wrong
+        # The mean code, at temperature 1 whatever the draft's temperature is: in a colder softmax
+        # a token that is nearly certain would get almost no gradient, whether right or wrong.
         e_soft = logits.softmax(-1) @ E                             # (B, L, d)
     if soft:
         return z_hat, e_soft
-    # Eq. 8: the bracket is exactly 0, its gradient is that of e_soft. The other common order,
-    # e_soft + (E[z_hat] - e_soft).detach(), rounds
+    # Eq. 8: the bracket is 0, and its gradient is that of e_soft. Written this way, e equals
+    # E[z_hat] bit for bit. The other common order, e_soft + (E[z_hat] - e_soft).detach(), rounds.
     e = E[z_hat] + (e_soft - e_soft.detach())
     return z_hat, e
 
 
+@torch.no_grad()
 def one_step(student, c, r_init, generator, temperature=1.0):
-    """An image's tokens in one pass (Eq. 4), as at inference. c (B, ...) -> z_hat (B, L)."""
+    """The draft alone (Eq. 4), as at inference. c (B, ...) -> z_hat (B, L)"""
     z_init = init_tokens(len(c), student.L, student.K, r_init, generator, c.device)
     return draw(student(z_init, c), temperature, generator)
 
 
 def entropy(logits):
-    """Of the distributions of tokens, in nats per token. (..., K) -> ()"""
+    """Mean entropy of the tokens' distributions, in nats. (..., K) -> ()"""
     p = logits.float().softmax(-1)
     return -(p * p.clamp(min=1e-20).log()).sum(-1).mean()
 
 
 def fpd_step(student, teacher, lift, E, c, cfg, generator):
-    """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs backward.
+    """One training step up to the loss (Sec. 3.2 to 3.4). The caller runs the backward pass.
 
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
     lift              a Lift: E[z] -> images -> features (Sec. 3.3)
     E (K, d)          the tokenizer's codebook
     c (B, ...)        condition, labels or text, in runs of cfg.per_class equal ones. Only the
-                      drafts of a run are compared; if per_class is 1, all of the batch
+                      drafts of a run are compared; if per_class is None, the whole batch is
     returns           loss (); logs (dict of 0-dim tensors); images (B, 3, H, W), the decoded
                       drafts, through which all of the gradient passes
     """
     B, K = len(c), student.K
-    n = B if cfg.per_class == 1 else cfg.per_class                  # drafts that are compared
-    # draft (Eq. 4): one pass over an almost fully masked canvas
+    n = cfg.per_class or B                                          # drafts that are compared
+    # 1. Draft (Eq. 4): one pass over an almost fully masked canvas.
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)   # (B, L)
     logits = student(z_init, c)                                     # (B, L, K)
     z_hat, e = straight_through(logits, E, generator, cfg.temperature,    # (B, L), (B, L, d)
                                 soft=cfg.estimator == "soft")
-    # refinement (Eq. 5): mask a part of the draft, let the frozen teacher fill it in
+    # 2. Refine (Eq. 5): mask a part of the draft, and let the frozen teacher fill it in.
     with torch.no_grad():
         source = z_hat
         if cfg.draft_source == "random":                                   # Table 3b
             source = init_tokens(B, student.L, K, 0, generator, c.device)
         z_ref, is_masked = local_correction(teacher, source, c, cfg, generator)   # (B, L)
-        Y = lift.features(lift.decode(E[z_ref], c))                 # targets are constants
-    # lift the draft (Sec. 3.3), with gradient
+        # 3. Lift both (Sec. 3.3): the refinements are constants, the drafts carry the gradient.
+        Y = lift.features(lift.decode(E[z_ref], c))                 # list of (B, F, D)
     images = lift.decode(e, c)                                      # (B, 3, H, W)
     X = lift.features(images)                                       # list of (B, F, D)
-    # drift (Eq. 6, 7), one term for each block
+    # 4. Drift (Eq. 6, 7): one term for each block.
     loss, logs = 0.0, {}
     for x, y in zip(X, Y):
         block_loss, block_logs = drift_loss(
@@ -284,11 +296,12 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
         loss = loss + block_loss
         for name, value in block_logs.items():
             logs[name] = logs.get(name, 0.0) + value / len(X)
-    with torch.no_grad():                                           # a collapse is seen here first
+    # A collapse shows in these numbers first.
+    with torch.no_grad():
         logs["entropy"] = entropy(logits)
         is_used = torch.zeros(K, device=c.device).scatter_(0, z_hat.flatten(), 1.0)     # (K,)
         logs["codes_used"] = is_used.sum()
-        # share of the masked tokens that the teacher replaced
+        # The share of the masked tokens that the teacher replaced by others.
         logs["changed"] = (z_ref != source).float().sum() / is_masked.sum()
     return loss, logs, images
 
@@ -298,15 +311,15 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
 def reveal_counts(L, steps):
     """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
 
-    At least 1 each, until all are fixed: with nearly as many steps as tokens, the last steps have
-    nothing left to do (0).
+    Every step fixes at least one token until none is left: with nearly as many steps as tokens, the
+    last counts are 0.
     """
     if steps == 1:
-        return [L]                                                  # official: a division by zero
+        return [L]                                                  # officially a division by zero
     v = gamma(torch.linspace(1, 0, steps))
     counts = (v / v.sum() * L).round().clamp(min=1).long()
     counts[-1] += L - counts.sum()
-    # the table overshoots with many steps, and the sampler stops early
+    # With many steps the counts add up to more than L, and the official sampler stops early.
     total = counts.cumsum(0).clamp(max=L)
     return total.diff(prepend=total.new_zeros(1)).tolist()
 
@@ -316,10 +329,10 @@ def sample_maskgit(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
 
     teacher      a MaskGIT; c (B,) labels
-    s            guidance of the last step. It ramps up linearly from 1 (none) in the first step, so
-                 a single step has none
+    s            guidance of the last step. It rises linearly from 1 (none) in the first step, so
+                 that a single step has none
     temperature  divides the logits before a token is drawn
-    noise        Gumbel noise on the confidence, falls linearly to 0
+    noise        Gumbel noise on the confidence, which falls linearly to 0
     returns      z (B, L), codes only
     """
     B, L, K = len(c), teacher.L, teacher.K
@@ -331,7 +344,7 @@ def sample_maskgit(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4
         logits = logits / temperature                               # (B, L, K)
         confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         confidence = confidence + noise * (1 - ramp) * gumbel((B, L), generator, c.device)
-        confidence = confidence.masked_fill(z < K, -math.inf)       # what is fixed stays fixed
+        confidence = confidence.masked_fill(z < K, -math.inf)       # fixed tokens are not chosen
         chosen = confidence.topk(count, dim=1).indices              # (B, count)
         z = z.scatter(1, chosen, tokens.gather(1, chosen))
     return z
@@ -340,48 +353,47 @@ def sample_maskgit(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4
 def remask_counts(L, steps):
     """How many of L tokens the official MaskGen sampler masks again after each step.
 
-    -> list of `steps` ints, falling to 0 in the last
+    -> list of `steps` ints, the last of which is 0
     """
     counts = [L]                                                    # before the first step
     for ratio in gamma(torch.arange(1, steps) / steps).tolist():
-        # at least one is revealed, and one left for the next step
+        # At least one token is revealed, and one is left for the next step.
         counts.append(max(1, min(counts[-1] - 1, math.floor(L * ratio))))
     return counts[1:] + [0]
 
 
 @torch.no_grad()
-def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0, ramp="cosine"):
+def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0):
     """The official MaskGen sampler: T steps of "predict all, mask the least confident again".
 
     teacher   a MaskGen; c (B, rows, W) text
-    s         guidance of the last step. It ramps up from 2 (from s if that is less), along half a
-              "cosine" wave or "linear". Officially one less, since they write c + g (c - u): their
-              guidance_scale 12 is our 13, and their ramp from 1 is ours from 2
-    noise     Gumbel noise on the choice of a token and on the confidence, falls linearly to 0: the
-              last step takes the likeliest tokens
+    s         guidance of the last step. It rises from 2, or from s if that is less, along half a
+              cosine wave. The official code writes c + g (c - u), so that its g is one less: its
+              guidance_scale 12 is our 13, and it rises from 1 where ours rises from 2
+    noise     Gumbel noise on the choice of a token and on the confidence. It falls linearly to 0:
+              the last step takes the likeliest tokens
     returns   z (B, L), codes only
     """
-    ramps = {"cosine": lambda t: (1 - math.cos(math.pi * t)) / 2, "linear": lambda t: t}
     B, L, K = len(c), teacher.L, teacher.K
     z = torch.full((B, L), K, device=c.device)                      # all masked: z_T of Sec. 3.1
     for i, count in enumerate(remask_counts(L, steps)):
         t = (i + 1) / steps                                         # a single step: no noise
-        weight = min(2, s) + (s - min(2, s)) * ramps[ramp](t)
+        weight = min(2, s) + (s - min(2, s)) * (1 - math.cos(math.pi * t)) / 2
         logits = guided_logits(teacher, z, c, weight)
         logits = logits / (0.5 + 0.8 * (1 - t))                     # (B, L, K), ever sharper
         noisy = logits + noise * (1 - t) * gumbel(logits.shape, generator, c.device)
         tokens = noisy.argmax(-1)                                   # (B, L)
         confidence = logits.gather(-1, tokens[..., None])[..., 0]
         confidence = confidence + noise * (1 - t) * gumbel((B, L), generator, c.device)
-        confidence = torch.where(z == K, confidence, math.inf)      # what is fixed stays fixed
+        confidence = torch.where(z == K, confidence, math.inf)      # fixed tokens stay
         z = torch.where(z == K, tokens, z)
         z.scatter_(1, confidence.topk(count, dim=1, largest=False).indices, K)
     return z
 
 
 def sample_teacher(teacher, c, steps, generator, s, noise):
-    """The teacher's own sampler, MaskGen's or MaskGIT's. -> z (B, L)"""
-    sampler = sample_maskgen if isinstance(teacher, MaskGen) else sample_maskgit
+    """The teacher's own sampler: MaskGen's for text states c, MaskGIT's for labels. -> z (B, L)"""
+    sampler = sample_maskgen if c.is_floating_point() else sample_maskgit
     return sampler(teacher, c, steps, generator, s=s, noise=noise)
 
 
@@ -389,24 +401,24 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
 def axis_of(size, shift, centre):
     """DiffAugment along one axis of `size` pixels: what it moves, and what it cuts out.
 
-    shift, centre (B, 1) in [0, 1) -> source, outside, in_hole, all (B, size): the pixel that lands
-    here, whether none does, and whether the hole covers it
+    shift, centre (B, 1) in [0, 1) -> for each pixel, all (B, size): the index of the pixel to read;
+    is it padding; is it cut out
     """
-    most = int(size / 8 + 0.5)                                      # an eighth, either way
+    limit = int(size / 8 + 0.5)                                     # an eighth, either way
     hole = int(size / 5 + 0.5)                                      # a fifth of the side
-    at = torch.arange(size, device=shift.device)
-    moved = at + (shift * (2 * most + 1)).long() - most
+    position = torch.arange(size, device=shift.device)
+    moved = position + (shift * (2 * limit + 1)).long() - limit
     source = moved.clamp(0, size - 1)
-    start = (centre * (size + 1 - hole % 2)).long() - hole // 2     # at the border it is cut off
-    return source, moved != source, (at >= start) & (at < start + hole)
+    start = (centre * (size + 1 - hole % 2)).long() - hole // 2     # may lie beyond the border
+    return source, moved != source, (position >= start) & (position < start + hole)
 
 
 def diff_augment(images, generator):
-    """DiffAugment (Zhao et al. 2020): colour, translation, cutout, drawn per image.
+    """DiffAugment (Zhao et al. 2020): colour, translation and cutout, drawn anew for each image.
 
-    (B, 3, H, W) -> the same shape. Real images and drafts are augmented alike, so that the
-    discriminator cannot learn a small set of real images by heart. Officially the augmentation
-    comes after each network's input normalisation; for DeiT, colours then vary half as much.
+    (B, 3, H, W) -> the same shape. It keeps the discriminator from learning the real images by
+    heart. Officially it comes after the normalisation of each network's input; the colours of
+    DeiT's images then vary half as much.
     """
     B, C, H, W = images.shape
     u = uniform((B, 7), generator, images.device)
@@ -428,7 +440,7 @@ def diff_augment(images, generator):
 def blur(images, sigma):
     """Images (B, 3, H, W) blurred with the kernel 2^-(x / sigma)^2.
 
-    It is cut off at floor(3 sigma) pixels; zeros stand beyond the border.
+    The kernel ends at floor(3 sigma) pixels, and the images are padded with zeros.
     """
     radius = math.floor(3 * sigma)
     if radius < 1:
@@ -441,47 +453,49 @@ def blur(images, sigma):
 
 
 def row_mean(logits, f):
-    """Mean of f over images and logits, then over the networks, which count alike. -> ()
+    """Mean of f over images and logits, then over the networks, which have equal weight. -> ()
 
-    logits: list of (B, n). The official losses are sums over images and networks, B * len(logits)
-    times as large: lambda would then depend on B.
+    logits: list of (B, n), one for each network. The official losses are sums, B * len(logits)
+    times as large, with which lambda would depend on B.
     """
     return torch.stack([f(x.float()).mean() for x in logits]).mean()
 
 
 def gan_loss(fake):
-    """L_gan of the student (Sec. 3.4, hinge): high logits for its drafts. list of (B, n) -> ()"""
+    """L_gan of the student (Sec. 3.4, hinge): its drafts' logits should be high. -> ()"""
     return row_mean(fake, lambda x: -x)
 
 
 def discriminator_loss(real, fake):
-    """Hinge loss of the discriminator: real logits above 1, the drafts' below -1. -> ()"""
+    """Hinge loss: logits of real images should be above 1, those of drafts below -1. -> ()"""
     return row_mean(real, lambda x: F.relu(1 - x)) + row_mean(fake, lambda x: F.relu(1 + x))
 
 
-def gan_step(discriminator, opt, images, real, seen, generator):
+def gan_step(discriminator, opt, images, real, seen, generator, autocast):
     """One step of the discriminator on drafts and real images, then its gradient for the student.
 
     images, real   (B, 3, H, W), drafts and real images
     opt, seen      the discriminator's optimiser, and how many drafts it has seen before
+    autocast       the context in which networks run; backward passes and steps are outside it
     returns        d L_gan / d images (B, 3, H, W); logs: logits of real images and drafts, its loss
     """
-    # The blur falls from 2 pixels of 256 to 0, so that shapes come before texture, as officially
+    # As in the official code, a blur that falls to 0 lets it look at shapes before texture.
     sigma = 2.0 * images.shape[-1] / 256 * max(0.0, 1 - seen / 300_000)
 
     def logits(x):
-        return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
+        with autocast:
+            return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
 
     discriminator.train()
     discriminator.discriminators.requires_grad_(True)
-    # in two calls, so that each has its own batch statistics
+    # Two calls, so that real images and drafts have their own batch statistics.
     on_real = logits(real)
     on_drafts = logits(images.detach())
     loss = discriminator_loss(on_real, on_drafts)
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
-    # for the student's gradient, nothing need be kept of the heads
+    # The student's gradient needs none of the heads' weights.
     discriminator.discriminators.requires_grad_(False)
     drafts = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(gan_loss(logits(drafts)), drafts)
@@ -490,103 +504,55 @@ def gan_step(discriminator, opt, images, real, seen, generator):
     return gradient, {key: value.detach() for key, value in logs.items()}
 
 
-class Gan:
-    """The discriminator, its optimiser and its real images (Sec. 3.4).
-
-    Nothing else in the distillation sees a real image. Which ones a step takes follows from the
-    seed and the step.   .trained: what a checkpoint has to hold
-    """
-    def __init__(self, cfg, parts, device):
-        self.cfg, self.size = cfg, parts.tokenizer.image_size
-        torch.manual_seed(cfg.seed)                                 # of the random discriminator
-        if cfg.dataset in ("imagenet", "laion") and not cfg.smoke:
-            self.images = tok.image_files(cfg.data)
-            discriminator = load_discriminator(parts.feature_files, self.size, device)
-        else:
-            discriminator = Discriminator({"phi": parts.phi}, self.size, width=16).to(device)
-            if cfg.dataset in ("imagenet", "laion"):                # --smoke: any of their size
-                self.images = tok.shapes(torch.arange(240) % 24, 0, size=self.size)
-            else:
-                self.images, _, _ = tok.world(cfg, "train")
-        # as in StyleGAN-XL; the paper names no settings of its discriminator
-        opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
-                               betas=(0.0, 0.99))
-        self.discriminator, self.opt = discriminator, opt
-        self.trained = dict(discriminator=discriminator, discriminator_opt=opt)
-
-    def real(self, n, seen):
-        """The n real images of the step that begins with `seen`. -> (n, 3, H, W) in [-1, 1]"""
-        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
-        images = []
-        while len(images) < n:
-            image = self.images[torch.randint(len(self.images), (), generator=generator)]
-            try:
-                is_file = isinstance(image, Path)
-                images.append(tok.read_image(image, self.size) if is_file else image)
-            except ValueError as error:
-                tqdm.write(f"skipped: {error}")
-        return tok.to_float(torch.stack(images))
-
-    def add(self, gradient, images, step, generator):
-        """Adds the GAN's gradient to the drift loss's, both at the decoded drafts (B, 3, H, W).
-
-        The paper's sum is L_total = L_drift + lambda L_gan. Here lambda is chosen in every step
-        such that the GAN's gradient is gan_weight times as large as the drift's: a weight then
-        means the same for every network.   -> the sum, logs
-        """
-        seen = (step - 1) * len(images)                             # drafts before this step
-        real = self.real(len(images), seen).to(images)
-        gan, logs = gan_step(self.discriminator, self.opt, images, real, seen, generator)
-        scale = self.cfg.gan_weight * gradient.norm() / gan.norm().clamp(min=1e-12)
-        logs["gan_scale"] = scale                                   # lambda of the paper's sum
-        return gradient + scale * gan, logs
-
-
 # ---------------------------------------------------------------- for comparison (Table 2)
-# The paper's method ends above. What follows are two other methods, over the same networks.
+# The paper's method ends above. These are two other methods, over the same networks.
 class DiMO:
     """Di[M]O (Zhu et al. 2025): token-level matching on the student's drafts.
 
-    It needs the distribution of the drafts' masked tokens, given the visible ones. An auxiliary
-    network learns it from the drafts, because the student sees z_init only. The student's logits
-    then get the gradient of KL(teacher, auxiliary) with respect to the auxiliary's logits, past the
-    sampling, the decoder and Phi.   .trained: for the checkpoint
+    It needs the distribution of a draft's masked tokens, given the visible ones. The student sees
+    z_init only, so an auxiliary network learns this distribution from the drafts. The gradient of
+    KL(teacher, auxiliary) with respect to the auxiliary's logits is applied directly to the
+    student's logits. Nothing is propagated back through the sampling, and neither decoder nor Phi
+    is needed.   .trained: what a checkpoint has to hold
     """
     def __init__(self, cfg, parts):
         self.cfg, self.teacher = cfg, parts.teacher
         self.auxiliary = copy.deepcopy(parts.teacher).requires_grad_(True)
-        # never slower than the student that it follows
+        # The student's learning rate without its schedule: never slower than the student.
         self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)
         self.trained = dict(auxiliary=self.auxiliary, auxiliary_opt=self.opt)
 
-    def step(self, student, c, step, generator):
-        """c (B, ...) -> loss (), whose value is KL(teacher, auxiliary) per masked token, as in the
-        released configuration; logs. The caller runs backward; the auxiliary takes its step here.
+    def step(self, student, c, step, generator, autocast):
+        """One step of the auxiliary, and the student's loss. The caller runs its backward pass.
+
+        c (B, ...), autocast: the context in which networks run -> loss (), whose value is
+        KL(teacher, auxiliary) per masked token, as in the released configuration; logs
         """
         cfg, B, K = self.cfg, len(c), student.K
         z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)
-        logits = student(z_init, c).float() / cfg.temperature       # (B, L, K)
+        with autocast:
+            logits = student(z_init, c)                             # (B, L, K)
+        logits = logits.float() / cfg.temperature
         z_hat = draw(logits, 1.0, generator)                        # (B, L)
-        r = sample_ratio(B, 0, 1, generator, c.device)              # as in the teacher's training
+        r = gamma(uniform((B,), generator, c.device))               # as in the teacher's training
         z_masked, is_masked = remask(z_hat, r, K, generator)
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             log_p = guided_logits(self.teacher, z_masked, c, cfg.refine_guidance).log_softmax(-1)
             q = self.auxiliary(z_masked, c).float()                 # (B, L, K)
-        # autocast keeps the weights that it cast under no_grad, and they would get no gradient
-        torch.clear_autocast_cache()
         q.requires_grad_()
         kl = F.kl_div(q.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
-        divergence = (kl * is_masked).sum() / is_masked.sum()       # mean over what is masked
+        divergence = (kl * is_masked).sum() / is_masked.sum()       # mean over masked tokens
         gradient, = torch.autograd.grad(divergence, q)
-        # the bracket is 0: `gradient` goes to the student's logits as it is
+        # The bracket is 0, and its gradient is 1: the student's logits get `gradient` as it is.
         loss = divergence.detach() + (gradient * (logits - logits.detach())).sum()
-        # the auxiliary: the teacher's own training (Eq. 2), with drafts in place of data
-        r = sample_ratio(B, 0, 1, generator, c.device)
+        # The auxiliary is trained like the teacher (Eq. 2), with drafts in place of data.
+        r = gamma(uniform((B,), generator, c.device))
         z_masked, is_masked = remask(z_hat, r, K, generator)
-        surprise = F.cross_entropy(self.auxiliary(z_masked, c).float().transpose(1, 2), z_hat,
-                                   reduction="none")                # (B, L)
-        auxiliary_loss = (surprise * is_masked).sum() / is_masked.sum()
-        # a resumed run may have another one than its saved state
+        with autocast:
+            predicted = self.auxiliary(z_masked, c)                 # (B, L, K)
+        cross_entropy = F.cross_entropy(predicted.float().transpose(1, 2), z_hat, reduction="none")
+        auxiliary_loss = (cross_entropy * is_masked).sum() / is_masked.sum()
+        # A resumed run's learning rate may differ from that of its saved state.
         self.opt.param_groups[0]["lr"] = cfg.lr
         self.opt.zero_grad(set_to_none=True)
         auxiliary_loss.backward()
@@ -597,42 +563,168 @@ class DiMO:
 class SDTT:
     """SDTT (Deschenaux and Gulcehre 2024): one step of the student learns two of the teacher's.
 
-    Four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps; after each round the student becomes
-    the teacher of the next.   .trained: for the checkpoint
+    There are four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps. After each of them the
+    student becomes the teacher of the next.   .trained: what a checkpoint has to hold
     """
     def __init__(self, cfg, parts):
         self.cfg, self.original = cfg, parts.teacher
         self.teacher = copy.deepcopy(parts.teacher)
         self.trained = dict(sdtt_teacher=self.teacher)
 
-    def step(self, student, c, step, generator):
-        """c (B, ...) -> loss (), KL(student, teacher) per masked token, their default; logs."""
+    def step(self, student, c, step, generator, autocast):
+        """The student's loss. The caller runs the backward pass.
+
+        c (B, ...), autocast: the context in which networks run -> loss (), KL(student, teacher) per
+        masked token, which is the authors' default; logs
+        """
         cfg, teacher = self.cfg, self.teacher
         B, L, K = len(c), student.L, student.K
-        now = 4 * (step - 1) // cfg.steps                           # round 0 .. 3
-        if now > 4 * (step - 2) // cfg.steps >= 0:
+        current = 4 * (step - 1) // cfg.steps                       # round 0 .. 3
+        if current > 4 * (step - 2) // cfg.steps >= 0:
             teacher.load_state_dict(student.state_dict())
-        steps = 8 >> now                                            # that the student shall take
-        s = cfg.refine_guidance if now == 0 else 1                      # later, guidance is learnt
-        with torch.no_grad():
+        steps = 8 >> current                                        # that the student is to need
+        s = cfg.refine_guidance if current == 0 else 1              # later teachers have learnt it
+        with torch.no_grad(), autocast:
             if steps > 1:
-                # theirs are training images, ours samples of the teacher in 4 steps
+                # The authors mask training images; we have none, and sample the teacher in 4 steps.
                 z = sample_teacher(self.original, c, 4, generator, cfg.sample_guidance,
                                    cfg.confidence_noise)            # (B, L)
             else:
                 z = torch.zeros(B, L, dtype=torch.long, device=c.device)    # all will be masked
             t = (uniform((B,), generator, c.device) * steps).floor()    # step 0 .. steps - 1
             rank = uniform(z.shape, generator, c.device).argsort(1).argsort(1)
+            # What is masked before the step, and after half of it.
             is_masked = masked_positions(rank, gamma(t / steps))    # (B, L)
-            # after half of the step
             still_masked = masked_positions(rank, gamma((t + 0.5) / steps))
             z_masked = z.masked_fill(is_masked, K)
             first = guided_logits(teacher, z_masked, c, s)          # (B, L, K)
             halfway = torch.where(is_masked & ~still_masked, draw(first, 1.0, generator), z_masked)
             second = guided_logits(teacher, halfway, c, s)
             target = torch.where(still_masked[..., None], second, first)
-        logits = student(z_masked, c).float()                       # (B, L, K)
+        with autocast:
+            logits = student(z_masked, c)                           # (B, L, K)
+        logits = logits.float()
         kl = F.kl_div(target.log_softmax(-1), logits.log_softmax(-1), log_target=True,
                       reduction="none").sum(-1)                     # (B, L)
         loss = (kl * is_masked).sum() / is_masked.sum()
         return loss, dict(entropy=entropy(logits.detach()))
+
+
+# ---------------------------------------------------------------- two tokens: `python fpd.py`
+# The method where the answer is known by hand. An "image" is a pair of tokens x, y of 8 codes each,
+# and the data are a checkerboard: half of the 64 pairs never occur. A model is judged by the share
+# of its samples that are such impossible pairs.
+# - The teacher is exact. It gives p(x | y), p(y | x), p(x) and p(y), but, like every masked
+#   diffusion model, it fills tokens that are masked together independently of each other. In two
+#   steps it is right; in one step it draws from p(x) p(y), and half of its samples are impossible.
+# - It can teach all the same, because it sees what is left of the draft. Let m be the probability
+#   that r masks both tokens. With probability 1 - m the refinement is a possible pair, and else a
+#   sample of p(x) p(y). So the fixed point of Eq. 3, on average over r ~ pi, is
+#   (1 - m) p(x, y) + m p(x) p(y), in which the share of impossible pairs is m / 2.
+# - The student, too, draws both tokens independently of each other. Only the random code in z_init
+#   can couple them, because both depend on it. With z_init all masked, the student is no better
+#   than the teacher in one step, whatever the loss.
+# - "Eq. 6 as printed" does not rest at this fixed point (see drift.py); the default form does.
+PAIR = dict(init_mask=0.5, temperature=1.0, estimator="ste", draft_source="student",
+            remask=(0.1, 0.9), refine_guidance=1.0, bandwidths=(0.02, 0.05, 0.2), affinity="joint",
+            own_pair=False, per_class=None)
+# Code k is the point at angle 2 pi k / 8. Codes on a line would not do, because the gradient of
+# Eq. 8 is linear in the codes: one that lies between two others is never raised most.
+ANGLE = 2 * math.pi * torch.arange(8) / 8
+POINTS = torch.stack([ANGLE.cos(), ANGLE.sin()], 1)                 # the codebook E, (8, 2)
+# Decoder and Phi are the identity: one block, one position, and features (B, F = 1, D = 4).
+IDENTITY = SimpleNamespace(decode=lambda e, c: e.flatten(1), features=lambda x: [x[:, None]])
+
+
+class LogitTable:
+    """A model without a network: logits (9, 9, 2, 8) of both tokens for each of 9 x 9 canvases."""
+    K, L = 8, 2
+
+    def __init__(self, probabilities):
+        self.logits = probabilities.log()
+
+    def __call__(self, z, c, drop=None):
+        return self.logits[z[:, 0], z[:, 1]]                        # (B, 2, 8)
+
+
+def checkerboard():
+    """-> the data p(x, y) (8, 8), whose squares are 2 x 2 pairs, and the exact teacher"""
+    square = torch.arange(8) // 2
+    p = (square[:, None] + square + 1) % 2 / 32
+    # p(x | y) and p(y | x) for each canvas, up to a factor. The last row is for a masked token.
+    x_given_y = torch.cat([p.T, p.sum(1)[None]])[None, :].expand(9, 9, 8)
+    y_given_x = torch.cat([p, p.sum(0)[None]])[:, None].expand(9, 9, 8)
+    table = torch.stack([x_given_y, y_given_x], 2)                  # (9, 9, 2, 8)
+    return p, LogitTable(table / table.sum(-1, keepdim=True))
+
+
+def both_masked(low, high):
+    """m, the probability of r > 3/4, so that round(2 r) is 2, for the r of `sample_ratio`."""
+    # P(r > a) is proportional to cos(a pi / 2) - cos(high pi / 2).
+    end, part, whole = (math.cos(a * math.pi / 2) for a in (high, min(0.75, high), low))
+    return (part - end) / (whole - end)
+
+
+def train_pair(teacher, cfg, seed=0, steps=700):
+    """A student of two tokens, trained by `fpd_step` as it is and AdamW. -> LogitTable"""
+    # The student begins as the teacher, but has no logit of minus infinity.
+    student = LogitTable(teacher.logits.exp() + 1e-3)
+    opt = torch.optim.AdamW([student.logits.requires_grad_()], weight_decay=0.0)
+    generator, c = torch.Generator().manual_seed(seed), torch.zeros(128, dtype=torch.long)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 0.05 * min(1, 2 * (1 - step / steps))
+        loss, _, _ = fpd_step(student, teacher, IDENTITY, POINTS, c, cfg, generator)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return student
+
+
+def joint_distribution(z):
+    """How often each pair of tokens occurs in z (n, 2). -> (8, 8), sum 1"""
+    return torch.bincount(8 * z[:, 0] + z[:, 1], minlength=64).view(8, 8) / len(z)
+
+
+def draw_joints(panels):
+    """Heat maps on one scale. panels: name, share, distribution (8, 8) of each -> PIL image"""
+    side, font = 192, ImageFont.load_default(25)
+    picture = Image.new("L", ((side + 50) * len(panels), 350), 255)
+    pen, darkest = ImageDraw.Draw(picture), max(joint.max() for _, _, joint in panels)
+    for i, (name, share, joint) in enumerate(panels):
+        left = (side + 50) * i + 25
+        pen.text((left + side / 2, 36), name, 0, font, anchor="mm", align="center")
+        tile = Image.fromarray((255 - 255 * joint / darkest).byte().numpy())
+        picture.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, 72))
+        pen.rectangle((left, 72, left + side, 72 + side), outline=128)
+        pen.text((left + side / 2, 286), f"{share:.3f}", 0, font, anchor="mm")
+    pen.text((picture.width / 2, 328), "row: token x    column: token y    "
+             "below: share of pairs that never occur in the data", 96, font, anchor="mm")
+    return picture
+
+
+def main():
+    p, teacher = checkerboard()
+    m = both_masked(*PAIR["remask"])
+    generator, c = torch.Generator().manual_seed(0), torch.zeros(20_000, dtype=torch.long)
+    rows = [("data", 0, p),
+            ("teacher,\n2 steps", 0, joint_distribution(sample_maskgit(teacher, c, 2, generator))),
+            ("teacher,\n1 step", 0.5, joint_distribution(sample_maskgit(teacher, c, 1, generator))),
+            ("fixed point,\nexact", m / 2, (1 - m) * p + m * p.sum(1, keepdim=True) * p.sum(0))]
+    for name, by_hand, changes in (
+            ("student,\n1 step", m / 2, {}),
+            ("student,\nr up to 0.7", both_masked(0.1, 0.7) / 2, dict(remask=(0.1, 0.7))),
+            ("student, z_init\nall masked", 0.5, dict(init_mask=1.0)),
+            ("student, Eq. 6\nas printed", m / 2, dict(own_pair=True, affinity="apart"))):
+        cfg = SimpleNamespace(**PAIR | changes)
+        z_hat = one_step(train_pair(teacher, cfg), c, cfg.init_mask, generator)
+        rows.append((name, by_hand, joint_distribution(z_hat)))
+    print("share of impossible pairs        by hand   measured")
+    for name, by_hand, joint in rows:
+        print(f"{' '.join(name.split()):30} {by_hand:9.3f} {joint[p == 0].sum():10.3f}")
+    panels = [(name, joint[p == 0].sum(), joint) for name, _, joint in rows]
+    draw_joints(panels[:1] + panels[2:]).save("fpd.png")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)            # tensors this small only lose by more
+    main()

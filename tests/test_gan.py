@@ -1,5 +1,6 @@
 """The GAN of Sec. 3.4: StyleGAN-XL's projected discriminator and its augmentation equal recorded
 outputs of the official code (golden/), and its gradient has the size it should have."""
+import contextlib
 import copy
 import json
 import types
@@ -17,6 +18,7 @@ import models
 import tokenizer
 import train
 
+FLOAT32 = contextlib.nullcontext()
 DEIT = models.FEATURE_NETWORKS["deit"]
 EFFICIENTNET = models.FEATURE_NETWORKS["efficientnet"]
 
@@ -203,12 +205,12 @@ def test_hinge_values():
 
 # ---------------------------------------------------------------- the GAN in a training step
 def make_gan(seed=0, drawn=0, **settings):
-    """-> fpd.Gan as a small world has it, with an untrained Phi, after so many random numbers"""
+    """-> train.Gan as a small world has it, with an untrained Phi, after so many random numbers"""
     torch.manual_seed(0)
     phi = models.ConvNet(width=4).eval().requires_grad_(False)
     parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), phi=phi)
     torch.rand(drawn)
-    return fpd.Gan(train.Config(smoke=True, seed=seed, **settings), parts, "cpu")
+    return train.Gan(train.Config(smoke=True, seed=seed, **settings), parts, "cpu")
 
 
 def some_images():
@@ -230,7 +232,7 @@ def test_the_gans_gradient_is_as_long_as_its_weight_says(weight):
     gan, (images, gradient) = make_gan(gan_weight=weight), some_images()
     phi = gan.discriminator.networks["phi"]
     before, phi_before = (copy.deepcopy(net.state_dict()) for net in (gan.discriminator, phi))
-    total, logs = gan.add(gradient, images, 3, gen())
+    total, logs = gan.add(gradient, images, 3, gen(), FLOAT32)
     assert ((total - gradient).norm() / gradient.norm()).item() == pytest.approx(weight, rel=1e-4)
     assert logs.keys() == {"gan_real", "gan_fake", "gan_loss", "gan_scale"}
     assert all(value.ndim == 0 for value in logs.values())
@@ -241,13 +243,15 @@ def test_the_gans_gradient_is_as_long_as_its_weight_says(weight):
     assert images.grad is None and not total.requires_grad
     # two steps of four drafts come before the third
     other = make_gan()
-    alone, _ = fpd.gan_step(other.discriminator, other.opt, images, other.real(4, 8), 8, gen())
+    alone, _ = fpd.gan_step(other.discriminator, other.opt, images, other.real(4, 8), 8, gen(),
+                            FLOAT32)
     torch.testing.assert_close(total, gradient + logs["gan_scale"] * alone)
 
 
 def test_the_gans_gradient_lowers_its_loss():
     gan, (images, _) = make_gan(), some_images()
-    gradient, _ = fpd.gan_step(gan.discriminator, gan.opt, images, gan.real(4, 0), 0, gen())
+    gradient, _ = fpd.gan_step(gan.discriminator, gan.opt, images, gan.real(4, 0), 0, gen(),
+                               FLOAT32)
     discriminator = gan.discriminator.eval()
 
     def loss(x):
@@ -277,10 +281,10 @@ def test_real_images_from_files_and_an_unreadable_one_is_skipped(tmp_path, monke
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         Image.new("RGB", (50, 40), (40 * i, 0, 255)).save(file)
-    monkeypatch.setattr(fpd, "load_discriminator", lambda *args: make_gan().discriminator)
+    monkeypatch.setattr(train, "load_discriminator", lambda *args: make_gan().discriminator)
     parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), feature_files={})
     cfg = train.Config(dataset="imagenet", gan_weight=1.0, data=str(tmp_path))
-    gan = fpd.Gan(cfg, parts, "cpu")
+    gan = train.Gan(cfg, parts, "cpu")
     real = gan.real(20, 0)
     assert real.shape == (20, 3, 32, 32) and (real[:, 2] == 1).all()
     assert len(real[:, 0, 0, 0].unique()) == 3 and "skipped" not in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """The comparison methods Di[M]O and SDTT: each step does what its paper says, and trains."""
+import contextlib
 import copy
 import types
 
@@ -9,6 +10,9 @@ from torch import nn
 
 import fpd
 import train
+
+
+FLOAT32 = contextlib.nullcontext()
 
 
 class Table(nn.Module):
@@ -55,7 +59,7 @@ def test_the_students_logits_get_the_gradient_of_the_auxiliarys(agree):
                        temperature=0.5)
     method.opt.param_groups[0]["lr"] = 1.0
     before, c = copy.deepcopy(method.auxiliary), labels(6)
-    loss, logs = method.step(student, c, 1, gen())
+    loss, logs = method.step(student, c, 1, gen(), FLOAT32)
     loss.backward()
     z_masked = teacher.seen[0][:6]
     masked = z_masked == K
@@ -71,13 +75,20 @@ def test_the_students_logits_get_the_gradient_of_the_auxiliarys(agree):
     assert all(value.ndim == 0 and not value.requires_grad for value in logs.values())
 
 
-def test_under_autocast_every_weight_of_the_auxiliary_gets_a_gradient():
-    """The auxiliary's first pass is without gradient, and autocast keeps the weights that it casts
-    there."""
+def test_under_autocast_every_weight_of_the_auxiliary_gets_a_gradient(monkeypatch):
+    """The auxiliary's first pass is without gradient, and within one autocast context the weights
+    that are cast there would serve the second pass, too. Backward passes run outside of it."""
     method = make_dimo(tiny(1), tiny(2))
     before = copy.deepcopy(method.auxiliary.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        method.step(Table(torch.randn(L, K, generator=gen(3))), labels(6), 1, gen())
+    is_autocast, backward = [], torch.Tensor.backward
+
+    def watched(loss):
+        is_autocast.append(torch.is_autocast_enabled("cpu"))
+        backward(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    method.step(Table(torch.randn(L, K, generator=gen(3))), labels(6), 1, gen(),
+                torch.autocast("cpu", torch.bfloat16))
+    assert is_autocast == [False]
     for name, p in method.auxiliary.named_parameters():
         assert p.grad is not None
         assert not (name.endswith("weight") and torch.equal(p, before[name])), name
@@ -92,7 +103,7 @@ def test_the_auxiliary_learns_the_students_distribution_and_the_student_the_teac
     before = divergence(target, student.logits.detach()).mean()
     losses = []
     for step in range(1, 151):
-        loss, _ = method.step(student, labels(16), step, gen(step))
+        loss, _ = method.step(student, labels(16), step, gen(step), FLOAT32)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -118,7 +129,7 @@ def test_the_target_is_what_the_teacher_predicted_when_it_revealed_a_position(mo
     monkeypatch.setattr(fpd, "sample_teacher", lambda *args: z)
     method, student = make_sdtt(tiny(1)), Recorder(tiny(2))
     method.teacher = Recorder(method.teacher)
-    loss, logs = method.step(student, c, 6, gen())
+    loss, logs = method.step(student, c, 6, gen(), FLOAT32)
     (first, second), (z_masked,) = method.teacher.seen, student.seen
     is_masked, still_masked = first == K, second == K
     assert torch.equal(z_masked, first) and not (still_masked & ~is_masked).any()
@@ -155,7 +166,7 @@ def test_rounds_halve_the_steps_and_the_student_becomes_the_teacher(monkeypatch)
             # a run that is interrupted in the third round
             state, method = method.trained["sdtt_teacher"].state_dict(), make_sdtt(tiny(1))
             method.trained["sdtt_teacher"].load_state_dict(state)
-        method.step(student, labels(64), step, gen(step))
+        method.step(student, labels(64), step, gen(step), FLOAT32)
         # this stands for what the student learns in the step
         student.bias[0, 0] = step
     masked = {steps: sorted({round(fpd.gamma(torch.tensor(t / steps)).item() * L)
