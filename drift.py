@@ -19,9 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def distances(X, Y):
-    """Euclidean distances between the particles of each position.
+    """Euclidean distances of the particles of each position. X (F, B, D), Y (F, C, D) -> (F, B, C)
 
-    X (F, B, D), Y (F, C, D) -> (F, B, C)
     The lower bound of 1e-8 is that of the official drifting code. In float32 the distance of a
     particle to itself is a rounding error of up to about 1e-2 of the mean.
     """
@@ -110,8 +109,7 @@ def drift_loss(X, Y, bandwidths, **form):
 
     X (B, F, D)   features of the drafts; the only input that carries gradient
     Y (C, F, D)   features of the refinements; constants
-    bandwidths    the set H of Eq. 7
-    form          joint, self_negative and own_target of `drift`
+    bandwidths    the set H; form: joint, self_negative and own_target of `drift`
     returns       loss (), float32; logs: "rms_<h>", the RMS of the drift, and, where each draft
                   has one refinement, "cos_<h>", the drift's mean cosine with Y - X
     The value of the loss is sum_h RMS(V_h), and its gradient is -2 / X.numel() * sum_h V_h /
@@ -162,10 +160,7 @@ def drift_at_rest(rho, bandwidths, batches=60, **form):
 
 
 def draw_drift(bandwidths):
-    """One panel for each h, and one for the sum of V_h / Z_h, along which Eq. 7 moves the drafts.
-
-    The longest arrow is drawn equally long in every panel.   -> PIL image
-    """
+    """The drift for each h, and the sum of V_h / Z_h, along which Eq. 7 moves X. -> PIL image"""
     generator, side = torch.Generator().manual_seed(0), 1230
     angle = 2 * math.pi * torch.arange(40)[:, None] / 40
     ring = torch.cat([angle.cos(), -angle.sin()], 1)                # (40, 2), y points down
@@ -179,12 +174,13 @@ def draw_drift(bandwidths):
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(66)
     for i, (title, V) in enumerate(panels):
         pen.text((side * i + 615, 50), title, "black", font, anchor="mm")
+        # The longest arrow is equally long in every panel.
         places = torch.stack([X, Y, X + 0.6 * V / V.norm(dim=1).max()], 1)  # (40, 3, 2)
         places = 280 * places + torch.tensor([side * i + 555, 615])
         for start, target, tip in places.tolist():
             length, turn = cmath.polar(complex(*start).conjugate() - complex(*tip).conjugate())
-            pen.circle(target, 14, outline="orangered", width=6)
-            pen.circle(start, 13, "navy")
+            pen.regular_polygon((target, 14), 24, outline="orangered", width=6)
+            pen.regular_polygon((start, 13), 24, 0, "navy")
             pen.line(start + tip, "navy", 8)
             pen.regular_polygon((tip, length / 5), 3, math.degrees(turn) + 90, "navy")
     pen.text((side, 1290), "drafts X, which move along V_h", "navy", font)

@@ -3,8 +3,11 @@ networks of a few hundred weights; and the two tokens whose fixed point of Eq. 3
 
 test_official.py and test_maskgen.py compare the samplers with the official ones step by step.
 """
+import ast
 import copy
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +208,14 @@ def test_images_of_one_or_more_steps_do_not_depend_on_their_batch(s, steps):
         assert len(network.seen) == 1 and ((network.seen[0] == K).sum(1) == 10).all()
     for i in range(5):
         assert torch.equal(draw(i, 1)[0], five[i])
+
+
+def test_the_condition_says_which_sampler_a_teacher_has(monkeypatch):
+    for name in ("sample_maskgit", "sample_maskgen"):
+        monkeypatch.setattr(fpd, name, lambda *args, name=name, **kind: name)
+    labels, text = torch.zeros(2, dtype=torch.long), torch.zeros(2, 5, 8)
+    samplers = [fpd.sample_teacher(None, c, 4, gen(), 2.0, 1.0) for c in (labels, text)]
+    assert samplers == ["sample_maskgit", "sample_maskgen"]
 
 
 # ---------------------------------------------------------------- one training step
@@ -566,6 +577,17 @@ def test_a_student_of_two_tokens_ends_where_the_fixed_point_is(seed, changes, lo
     z = fpd.one_step(student, torch.zeros(20_000, dtype=torch.long), cfg.init_mask, gen())
     share = fpd.joint_distribution(z)[IMPOSSIBLE].sum().item()
     assert low < share < high
+
+
+def test_the_method_imports_nothing_else_of_the_project():
+    """drift.py and fpd.py can be copied into another project."""
+    for module in (fpd, sys.modules["drift"]):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                     for alias in node.names}
+        ours = {file.stem for file in Path(module.__file__).parent.glob("*.py")}
+        assert imported & ours <= {"drift"}
 
 
 def test_the_command_prints_the_table_and_writes_the_picture(tmp_path, monkeypatch, capsys):
