@@ -33,8 +33,8 @@ def distances(X, Y):
 def double_softmax(logits):
     """The "doubly-normalized softmax" of Sec. 3.3: over the targets and over the particles.
 
-    The one over the targets says to which of them a particle listens. The one over the particles
-    keeps a target from being taken by all.   logits (F, B, C) -> root of their product, (F, B, C)
+    The one over the targets decides which of them moves a particle. The one over the particles
+    keeps a target from moving all of them.   logits (F, B, C) -> root of their product, (F, B, C)
     """
     return (logits.softmax(2) * logits.softmax(1)).sqrt()
 
