@@ -56,7 +56,10 @@ def command_line(line):
 def in_process(line, cwd):
     """Run a command of the README in the folder cwd. No new process is started, because its imports
     would take seconds. -> CompletedProcess with text output"""
+    import tokenizer
     from sample import run_command
+    # A process reads its folder of images once.
+    tokenizer.folder.cache_clear()
     words = command_line(line)
     module = importlib.import_module(Path(words[1]).stem)
     out, err = io.StringIO(), io.StringIO()
@@ -92,7 +95,7 @@ def smoke_runs(tmp_path_factory):
     import train
     # The teacher's many rows are the slowest part of a report.
     report = functools.partial(evaluate.report, steps=(2,))
-    sample_grid = train.sample_grid
+    sample_grid, example_rows = train.sample_grid, train.example_rows
 
     @functools.cache
     def run(dataset):
@@ -101,7 +104,10 @@ def smoke_runs(tmp_path_factory):
             # The run is a whole one, even if the first test that asks for it has `no_pictures`.
             patch.setattr(evaluate, "report", report)
             patch.setattr(train, "sample_grid", sample_grid)
-            done = in_process(f"train.py --dataset {dataset} --smoke", folder)
+            patch.setattr(train, "example_rows", example_rows)
+            (folder / "captions.txt").write_text("\n".join(train.sample.PROMPTS))
+            more = " --captions captions.txt" if dataset == "laion" else ""
+            done = in_process(f"train.py --dataset {dataset} --smoke{more}", folder)
         assert done.returncode == 0, done.stderr[-2000:]
         return folder, done
     return run
@@ -115,6 +121,7 @@ def no_pictures(smoke_runs, monkeypatch):
     import train
     monkeypatch.setattr(evaluate, "report", lambda *args, **kwargs: None)
     monkeypatch.setattr(train, "sample_grid", lambda *args: None)
+    monkeypatch.setattr(train, "example_rows", lambda *args: [])
 
 
 def own_copy(tmp_path_factory, run):

@@ -1,4 +1,5 @@
 """train.py by its parts: settings, Muon, prepared files, folders, ablations."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -23,15 +24,43 @@ def test_settings_are_the_data_sets_then_the_methods_then_what_was_typed():
     paper = train.parse(["--dataset", "imagenet"])
     assert (paper.batch, paper.lr, paper.bandwidths) == (32, 1e-5, (0.02, 0.05, 0.2))
     assert paper.blocks == (2, 5, 8, 11)
-    assert train.parse(["--dataset", "laion"]).batch == 64
+    assert cfg.per_class is None and train.parse(["--per-class", "none"]).per_class is None
 
 
-@pytest.mark.parametrize("line", [
-    "--batch 40 --per-class 32", "--gan-weight 1 --method dimo", "--method sdtt --init-mask 0.9",
-    "--draft teacher", "--init 0.5", "--data photos", "--dataset folder"])
-def test_settings_that_would_silently_give_something_else_are_refused(line):
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(train.Config):
+        assert "--" + field.name.replace("_", "-") in text
+        assert " ".join(field.metadata["help"].split()) in text.replace("- ", "-"), field.name
+    assert "[default: 32; shapes, scenes, folder, laion: 64]" in text
+
+
+@pytest.mark.parametrize("line, message", [
+    # shares typed as percent
+    ("--init-mask 90", "are shares"), ("--remask 10 90", "are shares"),
+    ("--decay 70", "are shares"), ("--ema 98.5", "are shares"),
+    ("--batch 40 --per-class 32", "no multiple"),
+    ("--gan-weight 1 --method dimo", "goes with --method fpd"),
+    ("--method sdtt --init-mask 0.9", "fully masked"),
+    ("--seed 5000", "0 to 4293"), ("--seed 4292 --ablations 3", "0 to 4293"),
+    ("--gpus 1", "sees no GPU"), ("--name a/b", "without /"), ("--name there", "is there"),
+    ("--dataset imagenet --ablations 1", "--ablations are for"),
+    ("--data photos", "--data DIR"), ("--dataset folder", "--data DIR"),
+    ("--dataset imagenet --data photos", "--data DIR"),
+    ("--dataset imagenet --gan-weight 1 --smoke", "--data DIR"),
+    ("--captions there.txt", "--captions FILE"), ("--dataset laion --smoke", "--captions FILE"),
+    ("--dataset laion --captions gone.txt --smoke", "no such file"),
+    ("--draft teacher", "unrecognized"), ("--init 0.5", "unrecognized")])
+def test_what_cannot_be_done_or_would_silently_be_something_else_is_refused(
+        line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "runs/there").mkdir(parents=True)
     with pytest.raises(SystemExit, match="2"):
         train.parse(line.split())
+    assert message in capsys.readouterr().err
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -63,7 +92,7 @@ def test_muon_is_torchs_in_float32(shape):
     """Three steps beside torch.optim.Muon, whose bfloat16 differs by about one percent."""
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    opts = [train.Muon([ours], lr=0.1, weight_decay=0.1),
+    opts = [train.Muon([ours], lr=0.1, weight_decay=0.1, momentum=0.95),
             torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     for step in range(3):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1 + step))
@@ -81,53 +110,25 @@ def test_a_training_with_a_loss_that_is_not_finite_stops():
         optimiser.update(net(torch.full((3, 2), math.nan)).mean())
 
 
-# ---------------------------------------------------------------- prepared parts and files
-def fill_with_ones(net, steps, cfg, device):
-    for p in net.parameters():
-        nn.init.ones_(p)
-
-
-def fill_with_twos(net, steps, cfg, device):
-    for p in net.parameters():
-        nn.init.constant_(p, 2.0)
-
-
-def test_a_part_is_trained_once_and_again_for_other_settings_code_or_images(tmp_path, monkeypatch):
+# ---------------------------------------------------------------- prepared networks and files
+def test_a_network_is_trained_once_and_again_for_other_settings_or_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = tmp_path / "data"
-    data.mkdir()
-    stamps = ["as it was"]
-    monkeypatch.setattr(tokenizer, "fingerprint", lambda cfg, times:
-                        stamps[-1] if cfg.dataset == "folder" else "")
+    images = ["as they were"]
+    monkeypatch.setattr(tokenizer, "fingerprint", lambda cfg: images[-1])
+    first = train.prepared_folder(train.Config())
+    # What a run of steps, seed or method changes is not of its networks.
+    assert first == train.prepared_folder(train.Config(seed=5, steps=9, method="dimo"))
+    folders = {first} | {train.prepared_folder(train.Config(**other)) for other in (
+        dict(tokenizer_steps=7), dict(classifier_steps=7), dict(teacher_steps=7), dict(smoke=True),
+        dict(dataset="scenes"))}
+    images.append("another image")
+    assert len(folders | {train.prepared_folder(train.Config())}) == 7
 
-    def files(cfg=train.Config(), training=fill_with_ones, before="", args=dict(width=8)):
-        train.prepared("phi", 0, models.ConvNet, args, training, cfg.classifier_steps, cfg, "cpu",
-                       {}, before=before)
-        return len(list(Path("runs/prepared").iterdir()))
-
-    assert files() == 1 and files() == 1
-    assert files(train.Config(classifier_steps=7)) == 2
-    assert files(args=dict(width=16)) == 3
-    assert files(training=fill_with_twos) == 4
-    assert files(before="another tokenizer") == 5
-    assert files(train.Config(smoke=True)) == 6
-    folder = train.Config(dataset="folder", data=str(data))
-    assert files(folder) == 7 and files(folder) == 7
-    stamps.append("another picture")
-    assert files(folder) == 8
-    # what a run of steps, seed or method changes is no part's business
-    assert files(train.Config(seed=5, steps=9, teacher_steps=9, method="dimo")) == 8
-
-
-def test_what_a_checkpoint_holds_of_its_parts_is_taken_without_training(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    state = models.ConvNet(width=8).state_dict()
-    saved = {"phi": dict(cls="ConvNet", args=dict(width=8), state=state)}
-    phi = train.prepared("phi", 0, models.ConvNet, {}, None, 0, train.Config(), "cpu", saved)
-    assert all(torch.equal(phi.state_dict()[key], state[key]) for key in state)
-    assert not phi.training and not any(p.requires_grad for p in phi.parameters())
-    assert not list(tmp_path.iterdir())
+    path, args, trained = first / "phi.pt", dict(width=8), []
+    saved = train.prepared(path, 0, models.ConvNet, args, trained.append, "cpu")
+    again = train.prepared(path, 1, models.ConvNet, args, trained.append, "cpu")
+    assert len(trained) == 1 and saved["state"].keys() == again["state"].keys()
+    assert all(torch.equal(value, again["state"][key]) for key, value in saved["state"].items())
 
 
 def test_a_save_that_is_cut_short_leaves_the_last_file_alone(tmp_path, monkeypatch):
@@ -138,10 +139,13 @@ def test_a_save_that_is_cut_short_leaves_the_last_file_alone(tmp_path, monkeypat
         write(content, file)
         Path(file).write_bytes(Path(file).read_bytes()[:20])
         raise OSError("No space left on device")
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space"):
-        train.save(path, dict(step=2))
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(torch, "save", half)
+            train.save(path, dict(step=2))
     assert torch.load(path, weights_only=True) == dict(step=1)
+    # Half a file is beside it, and the next save takes the same name.
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_takes_the_next_free_name(tmp_path, monkeypatch):
@@ -154,89 +158,79 @@ def test_a_run_takes_the_next_free_name(tmp_path, monkeypatch):
         train.new_folder(train.Config(name="mine"))
 
 
+def test_a_higher_learning_rate_after_resume_is_said(tmp_path, monkeypatch, capsys):
+    """That of a finished run has fallen to 0. With more steps it begins again where it was high."""
+    monkeypatch.chdir(tmp_path)
+    cfg = train.Config(name="a", steps=100, decay=0.7)
+    content = dict(step=100, config=dataclasses.asdict(cfg), images="", parts={})
+    torch.save(content, train.new_folder(cfg) / "checkpoint.pt")
+    for steps, rises in ((101, False), (200, True)):
+        train.resumed_networks(dataclasses.replace(cfg, steps=steps))
+        assert ("the learning rate rises again" in capsys.readouterr().out) == rises
+
+
+def test_images_for_the_gan_that_cannot_be_read_are_left_out_or_stop_the_run(tmp_path):
+    """With no readable image the search would never end."""
+    gan = object.__new__(train.Gan)
+    gan.cfg, gan.size, gan.images = train.Config(), 8, [tmp_path / f"{i}.png" for i in range(3)]
+    with pytest.raises(ValueError, match="cannot be read"):
+        gan.real(4, 0)
+    gan.images += [torch.full((3, 8, 8), 255, dtype=torch.uint8)] * 9
+    assert gan.real(4, 0).eq(1).all()
+
+
 # ---------------------------------------------------------------- Tables 3 and 4 in miniature
-def test_a_row_differs_from_the_base_in_what_its_name_says():
-    labels = {row: settings for _, row, settings, _ in train.ablation_rows(
-        train.parse(["--dataset", "shapes"]))}
-    captions = {row: settings for _, row, settings, _ in train.ablation_rows(
-        train.parse(["--dataset", "scenes"]))}
-    assert labels["soft embedding"] == captions["soft embedding"] == dict(estimator="soft")
-    assert labels["STE + GAN"] == dict(gan_weight=0.5, per_class=16)
-    # the whole batch is compared in any case
-    assert captions["STE + GAN"] == dict(gan_weight=0.5)
-    assert "16 drafts of a class" in labels and "16 drafts of a class" not in captions
-    assert "without the own pair" in captions and "without the own pair" not in labels
-    assert labels["FPD, the base"] == captions["FPD, the base"] == {}
+@pytest.mark.parametrize("dataset", ["shapes", "scenes"])
+def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path, monkeypatch):
+    """Rows that are equal to the base are not made. SDTT, whose steps cost four times as much, gets
+    a quarter of them."""
+    made, written = {}, []
+    monkeypatch.setattr(train, "distil", lambda cfg, nets, folder, device: made.update(
+        {folder.name: cfg}))
+    for owner, name, result in ((evaluate, "scorer", ()), (evaluate, "score", dict(fd=1.0)),
+                                (sample, "grid_conditions", (None, None)),
+                                (sample, "load_run", sample.Networks()),
+                                (sample, "generate", None)):
+        monkeypatch.setattr(owner, name, lambda *args, result=result: result)
+    monkeypatch.setattr(evaluate, "write_report", lambda *args: written.append(args[2]))
+    base = train.parse(["--dataset", dataset, "--ablations", "1"])
+    train.ablate(base, sample.Networks(), tmp_path, "cpu")
+    rows = {row["row"]: row["settings"] for row in written[0]}
+    assert rows["FPD, the base"] == {} and rows["soft embedding"] == dict(estimator="soft")
+    # With captions the whole batch is compared in any case.
+    several = dict(per_class=16) if dataset == "shapes" else {}
+    assert rows["STE + GAN"] == dict(gan_weight=0.5) | several
+    assert ("16 drafts of a class" in rows) == (dataset == "shapes")
+    assert ("without the own pair" in rows) == (dataset == "scenes")
+    assert made["sdtt-0"].steps == 80 and made["dimo-0"].steps == made["fpd-the-base-0"].steps == 320
 
 
-@pytest.mark.parametrize("method, passes", [("fpd", 2), ("dimo", 2), ("sdtt", 31 / 4)])
-def test_the_teachers_passes_are_counted(method, passes, smoke_runs, monkeypatch):
-    """Of its network, per step and image. SDTT's teacher is a copy of it, and counted with it."""
-    folder, _ = smoke_runs("shapes")
-    run = sample.load_run(folder / "runs/shapes-smoke", "cpu")
-    cfg = train.Config(**run.cfg.__dict__ | train.METHODS[method] | dict(method=method))
-    rows, forward = [], models.MaskGIT.forward
-
-    def counted(self, z, labels, drop=None):
-        # the student is the only one with gradient at its weights
-        if not next(self.parameters()).requires_grad:
-            rows.append(len(z))
-        return forward(self, z, labels, drop)
-    monkeypatch.setattr(models.MaskGIT, "forward", counted)
-    monkeypatch.setattr(train, "sample_grid", lambda *args: None)
-    run.saved = {}
-    train.distil(cfg, run, folder_of(folder, method), "cpu")
-    assert train.teacher_passes(cfg) == round(passes * cfg.steps) == sum(rows) / cfg.batch
-
-
-def folder_of(folder, method):
-    place = folder.parent / f"passes-{method}-{folder.name}"
-    place.mkdir()
-    return place
-
-
-def two_steps(run, model, steps, *rest, score=evaluate.score):
-    """The teacher's 16 steps are most of the time."""
-    return score(run, model, min(steps, 2), *rest)
-
-
-@pytest.fixture(scope="module")
-def ablations(smoke_runs, tmp_path_factory):
-    """A folder in which --ablations has made two rows with two seeds -> folder, what it said"""
-    folder = own_copy(tmp_path_factory, smoke_runs("shapes"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ABLATIONS", train.ABLATIONS[:2])
-        patch.setattr(train, "sample_grid", lambda *args: None)
-        patch.setattr(evaluate, "score", two_steps)
-        done = in_process("train.py --smoke --ablations 2 --steps 1", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+def two_steps(nets, model, steps, *rest, score=evaluate.score):
+    """The teacher's 16 steps take most of the time."""
+    return score(nets, model, steps and 2, *rest)
 
 
 @pytest.mark.slow
-def test_every_row_is_made_once_and_then_kept(ablations, monkeypatch):
-    folder, done = ablations
+def test_every_row_is_made_once_and_then_kept(smoke_runs, no_pictures, tmp_path_factory,
+                                              monkeypatch):
+    """Unless it was made with other settings or networks, which do not stand in one table."""
+    folder = own_copy(tmp_path_factory, smoke_runs("shapes"))
+    root, line = folder / "runs/ablations-shapes-smoke", "train.py --smoke --ablations 2 --steps 1"
     monkeypatch.setattr(train, "ABLATIONS", train.ABLATIONS[:2])
-    root = folder / "runs/ablations-shapes-smoke"
-    names = {path.parent.name for path in root.glob("*/score.json")}
-    assert names == {f"{row}-{seed}" for row in ("fpd-the-base", "soft-embedding")
-                     for seed in (0, 1)}
-    rows = json.loads((root / "report.json").read_text())["rows"]
+    monkeypatch.setattr(evaluate, "score", two_steps)
+    done = in_process(line, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.parent.name for path in root.glob("*/score.json")} == {
+        f"{row}-{seed}" for row in ("fpd-the-base", "soft-embedding") for seed in (0, 1)}
+    rows = json.loads((root / "report.jsonl").read_text())["rows"]
     assert [(row["row"], len(row["scores"])) for row in rows] == [
         ("teacher 16", 1), ("teacher 1", 1), ("FPD, the base", 2), ("soft embedding", 2)]
     assert (root / "report.png").exists() and "soft embedding" in done.stdout
-    # the same command trains nothing again
+    # The same command trains nothing again.
     monkeypatch.setattr(train, "distil", None)
-    monkeypatch.setattr(evaluate, "score", two_steps)
-    again = in_process("train.py --smoke --ablations 2 --steps 1", folder)
+    again = in_process(line, folder)
     assert again.returncode == 0 and again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
-
-
-def test_rows_of_other_settings_or_networks_do_not_stand_in_one_table(ablations, monkeypatch):
-    folder, _ = ablations
-    monkeypatch.setattr(train, "ABLATIONS", train.ABLATIONS[:1])
-    line = "train.py --smoke --ablations 2 --steps 1"
     refused(in_process(f"{line} --lr 0.5", folder), "other settings or networks")
-    config = folder / "runs/ablations-shapes-smoke/fpd-the-base-0/config.json"
-    config.write_text(config.read_text().replace("shapes-teacher-", "shapes-teacher-other"))
+    config = root / "fpd-the-base-0/config.json"
+    config.write_text(config.read_text().replace('"prepared": "shapes-', '"prepared": "others-'))
     refused(in_process(line, folder), "other settings or networks", "another --name")
