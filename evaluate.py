@@ -303,7 +303,8 @@ def write_report(folder, protocol, rows, table, pictures, captions):
     content = dict(protocol=protocol, rows=rows)
     print(table(content))
     with open(Path(folder, "report.jsonl"), "a") as file:
-        file.write(json.dumps(content) + "\n")
+        # The line break comes first, so that a line that was cut off stays alone.
+        file.write("\n" * (file.tell() > 0) + json.dumps(content))
     if pictures:
         image_grid(pictures, captions).save(Path(folder, "report.png"))
 
