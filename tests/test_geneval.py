@@ -2,14 +2,17 @@
 them, and the folders of images."""
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process, load_case
+from conftest import in_process, load_case, refused
+from PIL import Image
 
 import evaluate
 import tokenizer
 from models import MaskGen, Words
+from sample import Networks
 from tokenizer import VQGAN
 
 GOLDEN = load_case("geneval", "cases").info
@@ -138,12 +141,11 @@ def scenes_run(monkeypatch, tmp_path):
                                 init_mask=0.9, temperature=1.0)
     vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
     teacher, student = (MaskGen(K=32, L=16, width=16, depth=1, heads=2).eval() for _ in range(2))
-    run = types.SimpleNamespace(cfg=cfg, step=4, path=tmp_path / "runs" / "a" / "checkpoint.pt",
-                                tokenizer=vqgan.eval(), teacher=teacher, student=student,
-                                text=Words())
-    monkeypatch.setattr(evaluate, "load_models", lambda args, device: run)
+    nets = Networks(cfg=cfg, step=4, path=tmp_path / "runs" / "a" / "checkpoint.pt", text=Words(),
+                    tokenizer=vqgan.eval(), teacher=teacher, student=student)
+    monkeypatch.setattr(evaluate, "chosen_networks", lambda args, device: nets)
     write_jsonl(tmp_path / "p.jsonl", [PROMPT, COLOR])
-    return run
+    return nets
 
 
 LINE = "evaluate.py --geneval --prompts p.jsonl"
@@ -154,9 +156,9 @@ def contents(out):
             for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def test_images_lie_as_the_official_scorer_reads_them(scenes_run, tmp_path):
+def test_images_lie_as_the_official_scorer_reads_them(scenes_run, tmp_path, monkeypatch):
     """It takes the folders whose names are numbers, and leaves the file beside them alone. Images
-    that are there are not drawn again; a missing one is drawn as it was."""
+    that are there are not drawn again. One that is missing, or whose writing was cut off, is."""
     assert in_process(LINE, tmp_path).returncode == 0
     out = tmp_path / "runs" / "a" / "geneval"
     first = contents(out)
@@ -165,7 +167,14 @@ def test_images_lie_as_the_official_scorer_reads_them(scenes_run, tmp_path):
     assert list(first) == [*expected, "protocol.json"]
     assert json.loads(first["00001/metadata.jsonl"]) == COLOR
     assert len(set(first.values())) == len(first)
+
+    def cut_off(image, file, *args):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
     (out / "00000/samples/0001.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", cut_off)
+        assert in_process(LINE, tmp_path).returncode == 130
     before = (out / "00001/samples/0000.png").stat().st_mtime_ns
     assert in_process(LINE, tmp_path).returncode == 0
     assert contents(out) == first
@@ -176,7 +185,7 @@ def test_images_lie_as_the_official_scorer_reads_them(scenes_run, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["--steps 2", "--seed 1", "a student of more steps", "init_mask",
-                                   "other prompts", "no protocol"])
+                                   "other objects of a prompt", "no protocol"])
 def test_images_of_other_settings_are_refused(other, scenes_run, tmp_path):
     """They would be kept, and be called those of the new model."""
     line = f"{LINE} --out out"
@@ -188,11 +197,10 @@ def test_images_of_other_settings_are_refused(other, scenes_run, tmp_path):
         scenes_run.step = 8
     elif other == "init_mask":
         scenes_run.cfg.init_mask = 0.6
-    elif other == "other prompts":
-        write_jsonl(tmp_path / "p.jsonl", [PROMPT, PROMPT])
+    elif other == "other objects of a prompt":
+        write_jsonl(tmp_path / "p.jsonl", [PROMPT, COLOR | dict(include=PROMPT["include"])])
     elif other.startswith("--"):
         line = f"{line} {other}"
-    done = in_process(line, tmp_path)
-    assert done.returncode == 1 and "out has images of another protocol" in done.stderr
+    refused(in_process(line, tmp_path), "out has images of another protocol")
     assert contents(tmp_path / "out") == before
     assert in_process(f"{line} --out elsewhere", tmp_path).returncode == 0
