@@ -220,8 +220,9 @@ def refusals(cfg, typed, step):
         "the rounds of sdtt are quarters of --steps, which --resume cannot change":
             cfg.resume and is_sdtt and "steps" in typed,
         "--method sdtt starts fully masked: --init-mask 1": is_sdtt and cfg.init_mask != 1,
-        "--init-mask, --remask, --decay and --ema are shares, from 0 to 1":
-            not all(0 <= x <= 1 for x in (cfg.init_mask, *cfg.remask, cfg.decay, cfg.ema)),
+        "--init-mask, --remask LOW HIGH, --decay and --ema are shares, from 0 to 1":
+            not all(0 <= x <= 1 for x in (cfg.init_mask, *cfg.remask, cfg.decay, cfg.ema))
+            or cfg.remask[0] > cfg.remask[1],
         f"--batch {cfg.batch} is no multiple of --per-class {cfg.per_class}":
             cfg.batch % (cfg.per_class or 1) != 0,
         "--seed is 0 to 4293": not 0 <= cfg.seed <= 4294 - max(1, cfg.ablations),
