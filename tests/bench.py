@@ -2,15 +2,17 @@
 
     python tests/bench.py --gan-weight 1                  # the shapes world; flags of train.py
     python tests/bench.py --dataset imagenet --random     # full size, random weights, no files
+
+As in train.py, --gan-weight 1 of imagenet needs --data; with --random any folder will do.
 """
 import dataclasses
 import sys
 import time
-import types
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -27,8 +29,8 @@ import train
 PARTS = [(train, "draw_condition", "condition", None), (fpd, "fpd_step", "student", "backward"),
          (fpd, "local_correction", "refinement", None), (fpd.Lift, "decode", "decode", None),
          (fpd.Lift, "features", "lift", None), (fpd, "drift_loss", "drift", None),
-         (fpd.Gan, "add", "gan", "backward"), (fpd.DiMO, "step", "student", "backward"),
-         # in Di[M]O, what follows the teacher's pass is the training of the auxiliary network
+         (train.Gan, "gradient", "gan", "backward"), (fpd.DiMO, "step", "student", "backward"),
+         # In Di[M]O, what follows the teacher's pass is the training of the auxiliary network.
          (fpd, "guided_logits", "refinement", "auxiliary"),
          (torch.nn.utils, "clip_grad_norm_", "update", None)]
 
@@ -49,37 +51,38 @@ def frozen(network, device):
     return network.to(device).eval().requires_grad_(False)
 
 
-def random_parts(dataset, device):
-    """-> what train.prepare returns; the GAN needs no files, either"""
-    vqgan, teacher, phi = (frozen(x, device) for x in random_networks(dataset))
+def random_prepared(cfg, device):
+    """-> what train.prepare returns. The GAN needs no files, either."""
+    vqgan, teacher, phi = (frozen(x, device) for x in random_networks(cfg.dataset))
     vqgan.encoder = None
-    parts = types.SimpleNamespace(tokenizer=vqgan, teacher=teacher, phi=phi, text=None, images={},
-                                  saved={}, feature_files={}, names=models.imagenet_names())
-    if dataset == "laion":
-        parts.text = frozen(models.TextEncoder(), device)
-        parts.captions = parts.names = sample.PROMPTS
+    nets = sample.Networks(tokenizer=vqgan, teacher=teacher, phi=phi, cfg=cfg,
+                           names=models.imagenet_names())
+    if cfg.dataset == "laion":
+        nets.text = frozen(models.TextEncoder(), device)
+        nets.captions = nets.names = sample.PROMPTS
     tokenizer.image_files = lambda folder: tokenizer.shapes(torch.arange(24), 0, size=256)
-    fpd.load_discriminator = lambda files, size, device: models.Discriminator(
+    train.find_backbone = lambda name, folder: None
+    train.load_discriminator = lambda files, size, device: models.Discriminator(
         dict(deit=models.Backbone(models.FEATURE_NETWORKS["deit"], 224),
              efficientnet=models.EfficientNet()), size).to(device)
-    return parts
+    return nets
 
 
-def bench_sampling(cfg, parts):
+def bench_sampling(cfg, nets):
     """-> rows: ms per image, of one alone and of 64. The student's network is the teacher's."""
-    rows, (shown, _) = [], sample.grid_conditions(parts)
-    for steps in (16, 8, 4, 1, 0):
+    rows, (examples, _) = [], sample.grid_conditions(nets)
+    for steps in (16, 8, 4, 1, None):
         row = dict(model="teacher" if steps else "student", steps=steps or 1)
         for n in (1, 64):
-            c = shown[torch.arange((3 if cfg.smoke else 7) * n) % len(shown)]
-            batches = sample.batches(parts.teacher, parts.tokenizer, c, cfg, steps, batch=n)
+            c = examples[torch.arange((3 if cfg.smoke else 7) * n) % len(examples)]
+            batches = sample.batches(nets.teacher, nets.tokenizer, c, cfg, steps, batch=n)
             # The first two batches warm up.
             row[f"of {n}"] = 1000 * median([seconds for _, _, seconds in batches][2:]) / n
         rows.append(row)
     return rows
 
 
-def bench_training(cfg, parts, device):
+def bench_training(cfg, nets, device):
     """-> rows: ms of a step's parts, medians. At the beginning of each, a GPU first finishes its
     work. For the column `whole`, and for the GPU's peak memory, it does not."""
     begun = []                                                      # (part, when it began)
@@ -100,7 +103,7 @@ def bench_training(cfg, parts, device):
 
     for owner, name, before, after in PARTS:
         setattr(owner, name, timed(getattr(owner, name), before, after))
-    train.save = train.sample_grid = lambda *args: None
+    train.save_checkpoint = train.example_rows = train.sample_grid = lambda *args: None
     rows, methods = [], {"FPD": ("fpd", 0.0), "FPD + GAN": ("fpd", cfg.gan_weight),
                          "Di[M]O": ("dimo", 0.0)}
     if not cfg.gan_weight:
@@ -114,7 +117,8 @@ def bench_training(cfg, parts, device):
             begun.clear()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            train.distil(cfg, parts, Path(), device)
+            with TemporaryDirectory() as folder:
+                train.distil(cfg, nets, Path(folder), device)
             steps = []
             for (part, start), (_, end) in pairwise([*begun, begun[-1]]):
                 if part == "condition":
@@ -137,15 +141,15 @@ def main():
     cfg = train.parse([flag for flag in sys.argv[1:] if flag != "--random"])
     device = "cuda" if cfg.gpus != 0 and torch.cuda.is_available() else "cpu"
     if "--random" in sys.argv:
-        parts = random_parts(cfg.dataset, device)
+        nets = random_prepared(cfg, device)
     else:
-        parts = train.prepare(cfg, device, {})
+        nets = train.prepare(cfg, device, {})
     print(f"{device}, torch {torch.__version__}; ms per image, sampled in float32")
-    print(evaluate.text_table(bench_sampling(cfg, parts), "model", "steps", "of 1", "of 64"))
+    print(evaluate.text_table(bench_sampling(cfg, nets), "model", "steps", "of 1", "of 64"))
     columns = ("row condition student refinement auxiliary decode lift drift gan backward update "
                "whole").split()
     print(f"ms of a training step, batch {cfg.batch}")
-    print(evaluate.text_table(bench_training(cfg, parts, device), *columns, "peak GB"))
+    print(evaluate.text_table(bench_training(cfg, nets, device), *columns, "peak GB"))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_a_folder_is_read_once_and_known_by_its_images_labels_and_names(tmp_path
     known = [first[3]]
     changes = [lambda: os.utime(data / "ant/000.png", (1, 1)),
                lambda: (data / "ant/002.png").rename(data / "ant/7.png"),
-               # pixels of an equal size of file, a name, an image more, an image in another class
+               # Pixels of an equal size of file, a name, an image more, another class of an image
                lambda: draw(data / "ant", "000.png", colour=(0, 9, 0)),
                lambda: (data / "ant").rename(data / "zebra"),
                lambda: draw(data / "bee", "0.png"),

@@ -1,19 +1,15 @@
 """GenEval in evaluate.py: the rules equal the official scorer's (golden/geneval), the files around
 them, and the folders of images."""
 import json
-import types
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import in_process, load_case, refused
 from PIL import Image
+from test_reports import run_of
 
 import evaluate
 import tokenizer
-from models import MaskGen, Words
-from sample import Networks
-from tokenizer import VQGAN
 
 GOLDEN = load_case("geneval", "cases").info
 PROMPT = {"tag": "position", "prompt": "a red circle left of a blue square",
@@ -45,7 +41,7 @@ def test_verdict_equals_the_official_one(case):
 def test_relative_position_equals_the_official_one():
     for case in GOLDEN["relative_position"]:
         assert evaluate.relative_position(case["a"], case["b"]) == case["relations"]
-    # under a thousandth of a pixel: no direction, no division by 0
+    # Under a thousandth of a pixel there is no direction, and no division by 0.
     assert evaluate.relative_position([5e-4, 0, 5e-4, 0], [0, 0, 0, 0]) == []
 
 
@@ -92,23 +88,15 @@ def test_scores_equal_the_official_summary(tmp_path):
     assert table[2].split() == ["0.95", "0.75", "0.62", "0.70", "0.21", "0.38", "0.60"]
 
 
-def test_a_count_may_be_a_float_and_a_file_may_begin_with_a_byte_order_mark(tmp_path):
-    prompt = dict(COLOR, include=[{"class": "cow", "count": 2.0, "color": "blue"}])
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text(json.dumps(prompt), encoding="utf-8-sig")
-    seen = write_jsonl(tmp_path / "d.jsonl", [image_line(0, 0, [COW] * 3)])
-    assert evaluate.geneval_scores(seen, prompts)["overall"] == 1
-
-
 @pytest.mark.parametrize("lines, message", [
-    # the score would rise without images on which nothing was seen
+    # The score would rise without images on which nothing was seen.
     ([image_line(0, 0, [COW])] * 2, r"2 lines about 1 of 2 images; .* \[\(1, 0\)\]"),
     ([image_line(0, 0, [COW]), image_line(0, 1, []), image_line(1, 0, [])],
      r"3 lines about 3 of 4 images; .* \[\(1, 1\)\]"),
     ([image_line(0, 1, [COW]), image_line(1, 0, [])], "samples/0001.png is none of 1 images"),
     ([image_line(0, 99999999999, [COW]), image_line(1, 0, [])], "99999999999.png is none of"),
     ([image_line(7, 0, [COW]), image_line(1, 0, [])], "00007/samples/0000.png is none of"),
-    # such objects would count as missing, or as sure
+    # Such objects would count as missing, or as sure.
     ([image_line(0, 0, [COW | {"class": "Cow"}]), image_line(1, 0, [])], "unknown class"),
     ([image_line(0, 0, [COW | {"color": None}]), image_line(1, 0, [])], "unknown class or color"),
     ([image_line(0, 0, [COW | {"confidence": 90}]), image_line(1, 0, [])], "confidence"),
@@ -136,13 +124,7 @@ def test_some_tags_and_excluded_classes(tmp_path):
 @pytest.fixture
 def scenes_run(monkeypatch, tmp_path):
     """What evaluate.py loads: tiny networks of the scenes world."""
-    torch.manual_seed(0)
-    cfg = types.SimpleNamespace(dataset="scenes", sample_guidance=2.0, confidence_noise=2.0,
-                                init_mask=0.9, temperature=1.0)
-    vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
-    teacher, student = (MaskGen(K=32, L=16, width=16, depth=1, heads=2).eval() for _ in range(2))
-    nets = Networks(cfg=cfg, step=4, path=tmp_path / "runs" / "a" / "checkpoint.pt", text=Words(),
-                    tokenizer=vqgan.eval(), teacher=teacher, student=student)
+    nets = run_of(tmp_path, "scenes", ["a red circle"])
     monkeypatch.setattr(evaluate, "chosen_networks", lambda args, device: nets)
     write_jsonl(tmp_path / "p.jsonl", [PROMPT, COLOR])
     return nets

@@ -119,7 +119,7 @@ def test_the_scorer_is_right_about_sharp_and_about_soft_and_noisy_pictures(monke
     """Another colour, shape, number or relation, colours or sides swapped: at least 99 of 100 are
     called wrong, of every kind. Decoded pictures are neither sharp nor clean: a blur over three
     pixels and 5 of 255 of noise cost next to nothing."""
-    # each picture is read once, for both of its captions
+    # Each picture is read once, for both of its captions.
     monkeypatch.setattr(evaluate, "scene_objects", functools.cache(scene_objects))
     others = [wrong(caption, i) for i, caption in enumerate(CAPTIONS)]
     for caption, other in zip(CAPTIONS, others, strict=True):
@@ -168,7 +168,7 @@ def test_every_shape_has_the_area_of_its_geometry():
 def test_what_is_no_object():
     assert scene_objects(picture()) == []
     red, blue = picture(("red", "circle", 8, 8)), picture(("blue", "circle", 8, 8))
-    # a slice of one; half red, half blue; two grown together
+    # A slice of one; half red, half blue; two grown together
     assert scene_objects(red.where(torch.arange(32) < 6, picture())) == []
     assert scene_objects(red.where(torch.arange(32) < 8, blue)) == []
     assert scene_objects(picture(("red", "square", 8, 8), ("red", "square", 16, 8))) == []
@@ -206,7 +206,7 @@ def test_a_row_says_which_words_there_are_and_how_far_from_it():
     assert c[2, 3:].eq(0).all() and c[4].eq(0).all()
     a, circle = SCENE_WORDS.index("a"), SCENE_WORDS.index("circle")
     v, T = text.vectors, text.T
-    # row 0 stands before "a", row 1 on it, row 2 on "circle"
+    # Row 0 stands before "a", row 1 on it, row 2 on "circle".
     for row in range(3):
         assert torch.allclose(c[2, row], (v[T + 1 - row, a] + v[T + 2 - row, circle]) / 2 ** 0.5)
     # Order and company count, the batch does not.

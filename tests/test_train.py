@@ -38,8 +38,9 @@ def test_help_explains_every_setting(capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    # shares typed as percent
+    # Shares typed as percent
     ("--init-mask 90", "are shares"), ("--remask 10 90", "are shares"),
+    ("--remask 0.9 0.1", "LOW HIGH"),
     ("--decay 70", "are shares"), ("--ema 98.5", "are shares"),
     ("--batch 40 --per-class 32", "no multiple"),
     ("--gan-weight 1 --method dimo", "goes with --method fpd"),
@@ -202,7 +203,7 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(dataset, tmp_path, mo
     assert rows["STE + GAN"] == dict(gan_weight=0.5) | several
     assert ("16 drafts of a class" in rows) == (dataset == "shapes")
     assert ("without the own pair" in rows) == (dataset == "scenes")
-    assert made["sdtt-0"].steps == 80 and made["dimo-0"].steps == made["fpd-the-base-0"].steps == 320
+    assert [made[name].steps for name in ("sdtt-0", "dimo-0", "fpd-the-base-0")] == [80, 320, 320]
 
 
 def two_steps(nets, model, steps, *rest, score=evaluate.score):
