@@ -582,7 +582,7 @@ class Gan:
 
     def real(self, n, seen):
         """The n real images of the step that begins with `seen` drafts -> (n, 3, H, W) in [-1, 1].
-        ValueError when the files cannot be read."""
+        ValueError when 100 files in a row cannot be read."""
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
         images, misses = [], 0
         while len(images) < n:
@@ -590,10 +590,11 @@ class Gan:
             try:
                 is_file = isinstance(image, Path)
                 images.append(tok.read_image(image, self.size) if is_file else image)
+                misses = 0
             except ValueError as error:
                 tqdm.write(f"skipped: {error}")
                 misses += 1
-                if misses == len(self.images):
+                if misses == 100:
                     raise
         return tok.to_float(torch.stack(images))
 

@@ -232,7 +232,8 @@ def test_the_gans_gradient_is_as_long_as_its_weight_says(weight):
     gan, (images, gradient) = make_gan(gan_weight=weight), some_images()
     phi = gan.discriminator.networks["phi"]
     before, phi_before = (copy.deepcopy(net.state_dict()) for net in (gan.discriminator, phi))
-    total, logs = gan.add(gradient, images, 3, gen(), FLOAT32)
+    loss = (images * gradient).sum()
+    total, logs = gan.gradient(loss, images, 3, gen(), FLOAT32)
     assert ((total - gradient).norm() / gradient.norm()).item() == pytest.approx(weight, rel=1e-4)
     assert logs.keys() == {"gan_real", "gan_fake", "gan_loss", "gan_scale"}
     assert all(value.ndim == 0 for value in logs.values())
@@ -282,7 +283,8 @@ def test_real_images_from_files_and_an_unreadable_one_is_skipped(tmp_path, monke
     for i, file in enumerate(files):
         Image.new("RGB", (50, 40), (40 * i, 0, 255)).save(file)
     monkeypatch.setattr(train, "load_discriminator", lambda *args: make_gan().discriminator)
-    parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN(), feature_files={})
+    monkeypatch.setattr(train, "find_backbone", lambda *args: None)
+    parts = types.SimpleNamespace(tokenizer=tokenizer.VQGAN())
     cfg = train.Config(dataset="imagenet", gan_weight=1.0, data=str(tmp_path))
     gan = train.Gan(cfg, parts, "cpu")
     real = gan.real(20, 0)

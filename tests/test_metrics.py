@@ -200,7 +200,7 @@ def test_scores_of_a_folder(inception, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fewer than the 2048 features" in done.stdout
     assert "does not hold the published weights" in done.stdout
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.jsonl").read_text())
     (row,) = report["rows"]
     assert row["fid"] == pytest.approx(0, abs=1e-3)
     assert (row["precision"], row["recall"]) == (1, 1) and row["inception_score"] >= 1
@@ -209,5 +209,6 @@ def test_scores_of_a_folder(inception, tmp_path):
     features = features.double().numpy()
     np.savez(tmp_path / "statistics.npz", mu=features.mean(0) + 0.1, sigma=np.cov(features.T))
     assert in_process(line + "statistics.npz", tmp_path).returncode == 0
-    (row,) = json.loads((tmp_path / "report-2.json").read_text())["rows"]
+    line = (tmp_path / "report.jsonl").read_text().splitlines()[1]
+    (row,) = json.loads(line)["rows"]
     assert row["fid"] == pytest.approx(2048 * 0.01, abs=1e-3) and "precision" not in row
