@@ -165,7 +165,7 @@ def described_default(name, default):
     for key, settings in (DATASETS | METHODS).items():
         if settings.get(name, default) != default:
             changed.setdefault(settings[name], []).append(key)
-    values = [] if default in (None, "", False) else [f"default: {default}"]
+    values = [] if default in (None, "") else [f"default: {default}"]
     values += [f"{', '.join(keys)}: {value}" for value, keys in changed.items()]
     return f" [{'; '.join(values)}]" if values else ""
 

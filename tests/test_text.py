@@ -18,11 +18,11 @@ def test_a_caption_does_not_depend_on_its_batch_and_is_cut_behind_75_tokens():
     assert torch.equal(c[2], c[3]) and (c[0] - c[1]).abs().max() > 0.1
 
 
-def test_without_a_prompt_the_captions_of_the_sheets_are_drawn():
+def test_without_a_prompt_the_captions_of_the_grids_are_drawn():
     run = types.SimpleNamespace(text=models.Words(), names=["a circle", "a red circle"])
     c, what = sample.conditions(run, None, None, 3)
     assert torch.equal(c, run.text.encode(["a circle", "a red circle", "a circle"]))
-    assert what == "the captions of its sheets"
+    assert what == "the captions of its example grids"
     c, _ = sample.conditions(run, None, "a cross", 2)
     assert torch.equal(c, run.text.encode(["a cross", "a cross"]))
     c, captions = sample.grid_conditions(run)

@@ -134,7 +134,7 @@ def test_a_network_is_trained_once_and_again_for_other_settings_or_images(tmp_pa
 
 def test_a_save_that_is_cut_short_leaves_the_last_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    train.save(path, dict(step=1))
+    sample.save(path, dict(step=1))
 
     def half(content, file, write=torch.save):
         write(content, file)
@@ -143,7 +143,7 @@ def test_a_save_that_is_cut_short_leaves_the_last_file_alone(tmp_path, monkeypat
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(torch, "save", half)
-            train.save(path, dict(step=2))
+            sample.save(path, dict(step=2))
     assert torch.load(path, weights_only=True) == dict(step=1)
     # Half a file is beside it, and the next save takes the same name.
     assert len(list(tmp_path.iterdir())) == 2
@@ -232,6 +232,7 @@ def test_every_row_is_made_once_and_then_kept(smoke_runs, no_pictures, tmp_path_
     again = in_process(line, folder)
     assert again.returncode == 0 and again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
     refused(in_process(f"{line} --lr 0.5", folder), "other settings or networks")
-    config = root / "fpd-the-base-0/config.json"
-    config.write_text(config.read_text().replace('"prepared": "shapes-', '"prepared": "others-'))
+    kept = root / "fpd-the-base-0/score.json"
+    networks = train.prepared_folder(train.parse(["--smoke"])).name
+    kept.write_text(kept.read_text().replace(networks, "shapes-other"))
     refused(in_process(line, folder), "other settings or networks", "another --name")
