@@ -92,8 +92,8 @@ class Config:
     affinity: str = option("joint", "attraction and repulsion share a normalisation; ours")
     own_pair: bool = option(False, "is a draft one of its own negatives, and its own refinement "
                             "one of its targets (Eq. 6)? ours")
-    per_class: int_or_none = option(32, "drafts of one class in a batch, only these are compared; "
-                                    "none: the whole batch is; ours")
+    per_class: int_or_none = option(32, "drafts of one class in a batch, only these are compared, "
+                                    "16 with the GAN; none: the whole batch is; ours")
     estimator: str = option("ste", "Eq. 8, or the soft embedding (Table 3a); paper")
     gan_weight: float = option(0.0, "weight of the GAN (Sec. 3.4), in units of the drift; 0: none")
 
@@ -133,6 +133,9 @@ DATASETS = {"shapes": SMALL, "scenes": SMALL | CAPTIONS, "folder": SMALL, "image
 # only noise, and its learning rate falls in the last of its four rounds.
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=None),
            "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=None, decay=0.25)}
+# What the GAN changes, unless the whole batch is compared. Its real images are of all classes, so a
+# batch has to have several, too.
+GAN = dict(per_class=16)
 # There is no decay in a smoke run, because it depends on the number of steps: 2 steps and, after
 # --resume, 2 more are then the same as 4.
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, decay=0.0,
@@ -141,12 +144,12 @@ SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, de
 RESUMABLE = {"resume", "name", "gpus", "data", "weights", "steps", "lift_chunk", "log_every",
              "sample_every", "save_every"}
 # The rows of --ablations: the paper's table, a name, what differs from the base, and the paper's
-# GenEval score (overall). The GAN's real images are of all classes, so its batches have several.
+# GenEval score (overall).
 ABLATIONS = [
     ("", "FPD, the base", {}, 0.43),
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
-    ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, per_class=16), 0.42),
-    ("3a", "STE + GAN", dict(gan_weight=0.5, per_class=16), 0.45),
+    ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, **GAN), 0.42),
+    ("3a", "STE + GAN", dict(gan_weight=0.5, **GAN), 0.45),
     ("", "16 drafts of a class", dict(per_class=16), None),
     ("", "without the own pair", dict(own_pair=False), None),
     ("3b", "random draft", dict(draft_source="random"), 0.22),
@@ -189,7 +192,7 @@ def parse(argv=None):
     typed = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
 
-    settings, step = {}, 0
+    step = 0
     if typed.get("resume"):
         folder = Path("runs", typed["name"]) if "name" in typed else sample.newest_run()
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True,
@@ -197,6 +200,8 @@ def parse(argv=None):
         settings, step = checkpoint["config"] | dict(name=folder.name), checkpoint["step"]
     else:
         settings = DATASETS[typed.get("dataset", "shapes")] | METHODS[typed.get("method", "fpd")]
+        if typed.get("gan_weight") and settings.get("per_class", Config.per_class):
+            settings = settings | GAN
         if typed.get("smoke"):
             settings = settings | SMOKE
     cfg = Config(**settings | typed)

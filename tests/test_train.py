@@ -25,6 +25,9 @@ def test_settings_are_the_data_sets_then_the_methods_then_what_was_typed():
     assert (paper.batch, paper.lr, paper.bandwidths) == (32, 1e-5, (0.02, 0.05, 0.2))
     assert paper.blocks == (2, 5, 8, 11)
     assert cfg.per_class is None and train.parse(["--per-class", "none"]).per_class is None
+    # One class a batch; with the GAN, whose real images are of all classes, several.
+    assert [train.parse(line.split()).per_class for line in (
+        "--seed 1", "--gan-weight 1", "--gan-weight 1 --per-class 32")] == [64, 16, 32]
 
 
 def test_help_explains_every_setting(capsys):
