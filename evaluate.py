@@ -8,8 +8,8 @@ scorer of scenes, GenEval's rules.
 
 FID, IS, precision, recall and GenEval's rules each follow one official implementation, named in the
 docstring, and tests/golden has its numbers; accuracy, spread, memorised share and the scorer of
-scenes are our own. All are computed in float64. A distance is called FID only where the features
-are Inception's.
+scenes are our own. FID, IS, precision and recall are computed in float64. A distance is called FID
+only where the features are Inception's.
 
     N images   D feature width   C classes   k neighbours   mu (D,), sigma (D, D): of features
 """
@@ -446,7 +446,7 @@ def report(nets, folder, n=None, seed=None, steps=(16, 8, 4, 2, 1)):
         pictures.append((f"{model} {T or ''}  {headline(numbers)}", drawn[:len(captions)]))
 
     # Real images that are not in the reference, as a perfect model would draw them, and the same
-    # through the tokenizer, which no model can surpass.
+    # through the tokenizer, as a perfect teacher would.
     images, conditions, _ = world(nets.cfg, "real")
     images, conditions = images[:n], conditions[:n]
     add("real", None, images, conditions)
@@ -519,7 +519,7 @@ def official_report(args, nets, folder, device):
             models.append(("student", nets.student, None))
 
     # The reference.
-    path = Path(args.weights or WEIGHTS, INCEPTION)
+    path = Path(args.weights or getattr(nets and nets.cfg, "weights", WEIGHTS), INCEPTION)
     extract = partial(load_inception(path).to(device), path=args.inception_path)
     mu, sigma, real = reference(args.reference, extract, args.batch)
 
@@ -709,7 +709,8 @@ def parse():
     parser.add_argument("--data", metavar="DIR", help="where the run's own images lie now")
     parser.add_argument("--images", type=int, help="images of each row (default: 960; with "
                         "--reference 50,000)")
-    parser.add_argument("--seed", type=int, help="of the images (default: that of the run, or 0)")
+    parser.add_argument("--seed", type=int, help="of the images (default: that of the run; with "
+                        "--reference and --geneval 0)")
     parser.add_argument("--steps", type=int, nargs="*", help="the teacher's rows (default: 16 8 4 "
                         "2, and 1 in small worlds)")
     parser.add_argument("--batch", type=int, default=50, help="with --reference: images at a time "

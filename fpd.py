@@ -552,8 +552,6 @@ class DiMO:
             predicted = self.auxiliary(z_masked, c)                 # (B, L, K)
         cross_entropy = F.cross_entropy(predicted.float().transpose(1, 2), z_hat, reduction="none")
         auxiliary_loss = (cross_entropy * is_masked).sum() / is_masked.sum()
-        # A resumed run's learning rate may differ from that of its saved state.
-        self.opt.param_groups[0]["lr"] = cfg.lr
         self.opt.zero_grad(set_to_none=True)
         auxiliary_loss.backward()
         self.opt.step()

@@ -1,7 +1,8 @@
 """sample.py - a trained run, read from disk, and images out of it: the student in one step (Eq. 4),
 the teacher in T.
 
-    python sample.py --class 207                        the newest run, or tests/student.pt
+    python sample.py --class "red circle"               the newest run, or else tests/student.pt
+    python sample.py --class 207                        of a run of imagenet, by number or name
     python sample.py --prompt "two red circles"         of a run with captions: scenes, laion
     python sample.py --class 207 --teacher --steps 16   the teacher of the run
     python sample.py --dataset imagenet --class 207     the public teacher, no run needed
@@ -213,7 +214,8 @@ def generate(*args, **kwargs):
 def grid_conditions(nets):
     """The conditions of every example grid, always the same -> c (n, ...), n captions.
 
-    With captions they are all that the run keeps. Of classes, each occurs once, or 12 of them do.
+    With captions they are all that the run keeps. Of up to 12 classes each occurs once, of more
+    classes 12 occur, of ImageNet's 8.
     """
     if nets.text is not None:
         return nets.text.encode(nets.names), nets.names
@@ -321,13 +323,16 @@ def conditions(nets, label, prompt, n):
 
 
 def run_command(main):
-    """Run a command. Expected errors are printed without a traceback; Ctrl-C ends with code 130."""
+    """Run a command. Expected errors are printed without a traceback, which `python -X dev` shows;
+    Ctrl-C ends with code 130."""
     try:
         main()
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: take a smaller --batch, train.py also with "
-                 "--lift-chunk 1, or end other programs on this GPU")
+        sys.exit("error: the GPU's memory is full. Train with --lift-chunk 1 or a smaller --batch, "
+                 "or end other programs on this GPU")
     except (ValueError, OSError, RuntimeError) as error:
+        if sys.flags.dev_mode:
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped")

@@ -368,7 +368,8 @@ def world(cfg, split):
     seed = {"train": 0, "phi": 1, "judge": 2, "test": 3, "real": 4}[split]
     n = 480 if cfg.smoke else dict(test=2400, real=960).get(split, 12_000)
     if cfg.dataset == "scenes":
-        captions = scene_captions(n, seed)
+        # "real" has other images of the captions of the test.
+        captions = scene_captions(n, 3 if split == "real" else seed)
         # The names do not depend on the split: they are the first captions of the test.
         return scenes(captions, seed), captions, scene_captions(12, seed=3)
     if cfg.dataset != "shapes":

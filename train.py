@@ -54,8 +54,8 @@ def int_or_none(text):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting, written once. SMALL, CAPTIONS, METHODS and SMOKE below change some defaults;
-    `train.py --help` prints all of this."""
+    """Every setting, written once. `train.py --help` prints all of it, and which data sets and
+    methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run changes SMOKE."""
     dataset: str = option("shapes", "shapes and scenes are drawn here, folder: your own images, "
                           "imagenet and laion: the public networks", "what runs")
     data: str = option("", "folder: a subfolder for each class; imagenet, laion: the GAN's images")
@@ -169,7 +169,8 @@ def described_default(name, default):
         if settings.get(name, default) != default:
             changed.setdefault(settings[name], []).append(key)
     values = [] if default in (None, "") else [f"default: {default}"]
-    values += [f"{', '.join(keys)}: {value}" for value, keys in changed.items()]
+    values += [f"{', '.join(keys)}: {'none' if value is None else value}"
+               for value, keys in changed.items()]
     return f" [{'; '.join(values)}]" if values else ""
 
 
@@ -215,7 +216,7 @@ def parse(argv=None):
 def refusals(cfg, typed, step):
     """What the program cannot do, or what would silently give something else -> {message: is it
     so?}   typed: the settings that were typed; step: of the checkpoint to resume"""
-    is_official, has_gan, is_sdtt = (cfg.dataset in sample.OFFICIAL, cfg.gan_weight > 0,
+    is_official, has_gan, is_sdtt = (cfg.dataset in sample.OFFICIAL, bool(cfg.gan_weight),
                                      cfg.method == "sdtt")
     beside = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUMABLE - {"resume"}))
     return {
@@ -380,7 +381,7 @@ def train_classifier(net, cfg, device, split):
         images = images[named]
         loss_of = F.binary_cross_entropy_with_logits
     width = net.stem.out_channels
-    # For each cell its own 8 x 8 pixels, and the image of 32 x 32 as 8 x 8.
+    # For each cell its own 8 x 8 pixels, and the whole image as 8 x 8.
     painter = nn.Conv2d(4 * width, 2 * 3 * 8 ** 2, 1).to(device)
     trained = nn.ModuleList([net, painter]) if split == "phi" else net
     optimiser = Optimiser(trained, cfg.classifier_steps, 3e-3, weight_decay=0.01)
@@ -391,7 +392,7 @@ def train_classifier(net, cfg, device, split):
         loss = loss_of(net.head(last.mean((2, 3))), target)
         if split == "phi":
             own, whole = painter(last).chunk(2, 1)                              # (B, 192, 4, 4)
-            thumbnail = F.avg_pool2d(x, 4).flatten(1)[:, :, None, None]         # (B, 192, 1, 1)
+            thumbnail = F.avg_pool2d(x, x.shape[-1] // 8).flatten(1)[..., None, None]   # as 8 x 8
             loss = loss + 5 * F.mse_loss(F.pixel_shuffle(own, 8), x)
             loss = loss + 5 * (whole - thumbnail).pow(2).mean()
         optimiser.update(loss)
@@ -462,7 +463,10 @@ def prepared(path, seed, network, args, train, device):
         train(model)
         path.parent.mkdir(parents=True, exist_ok=True)
         sample.save(path, dict(cls=network.__name__, args=args, state=model.state_dict()))
-    return torch.load(path, map_location="cpu", weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved["args"] != args:
+        raise ValueError(f"{path} has other sizes than the code asks for: delete {path.parent}")
+    return saved
 
 
 def small_networks(cfg, n_classes, device):
@@ -528,7 +532,7 @@ def prepare(cfg, device, saved):
     else:
         _, conditions, names = tok.world(cfg, "train")
         nets = sample.load_networks(saved or small_networks(cfg, len(names), device), device)
-        nets.names, nets.captions = names, conditions
+        nets.names, nets.captions = names, None if nets.text is None else conditions
     nets.cfg, nets.images = cfg, tok.fingerprint(cfg)
     return nets
 
@@ -728,8 +732,8 @@ def distil(cfg, nets, folder, device):
         # The decay begins low, so that the teacher's weights are soon forgotten.
         update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))
 
-        is_logged = step % cfg.log_every == 0
-        is_saved = step % cfg.save_every == 0 or step == cfg.steps or received
+        is_logged, is_stopped = step % cfg.log_every == 0, bool(received)
+        is_saved = step % cfg.save_every == 0 or step == cfg.steps or is_stopped
         if is_logged or is_saved:
             numbers = finite_numbers(dict(loss=loss, **logs), step)
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", entropy=f"{numbers['entropy']:.2f}")
@@ -744,7 +748,7 @@ def distil(cfg, nets, folder, device):
             save_checkpoint(folder, step, nets, trained, generator)
         if step % cfg.sample_every == 0:
             sample_grid(cfg, nets, ema, folder, step, teacher_rows)
-        if received:
+        if is_stopped:
             how = "the same command" if cfg.ablations else f"train.py --resume --name {folder.name}"
             print(f"\nstopped after step {step}. Go on with: {how}")
             sys.exit(128 + received[0])
@@ -810,7 +814,9 @@ def ablate(base, nets, root, device):
                 ablations=0, prepared=prepared_folder(cfg).name))
             folder.mkdir(exist_ok=True)
             file = folder / "score.json"
-            if not file.exists():
+            if file.exists():
+                print(f"{file} is there (delete {folder} after a change of the code)")
+            else:
                 print(f"\n{row}, seed {seed}: {folder}")
                 distil(cfg, dataclasses.replace(nets, cfg=cfg), folder, device)
                 run = sample.load_run(folder, device)
@@ -854,8 +860,9 @@ def new_folder(cfg):
 
 def resumed_networks(cfg):
     """The networks in the checkpoint of the run to resume. -> `saved` of `prepare`"""
+    # Not mapped into memory: Windows would then not let the run replace its checkpoint.
     checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
-                            weights_only=True, mmap=True)
+                            weights_only=True)
     if checkpoint["images"] != tok.fingerprint(cfg):
         raise ValueError(f"--data {cfg.data}: not the images that the run was trained on")
     step = checkpoint["step"]
