@@ -4,12 +4,11 @@ drafts' features       X (B, F, D) --+
                                      +--> V_h for each bandwidth h (Eq. 6) --> loss (Eq. 7)
 refinements' features  Y (B, F, D) --+
 
-Nothing in here depends on tokens, images or the teacher: X and Y are two clouds of particles. Only
-particles at the same index of the second axis are compared: a position of the grid or, for labels,
-a pair (class, position). `python drift.py` shows Eq. 6 in the plane, and where it is at rest.
+Nothing here depends on tokens, images or the teacher: X and Y are two clouds of particles. Only
+particles of the same index in F are compared: a position of the grid or, for classes, a pair
+(class, position). `python drift.py` draws Eq. 6 and tests which form of it is 0 at a fixed point.
 
-    B, C particles   F positions   D feature width   V the drift
-    h one bandwidth, in units of the mean distance
+    B drafts   C refinements   F positions   D feature width   V the drift   h a bandwidth
 """
 import cmath
 import math
@@ -21,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 def distances(X, Y):
     """Euclidean distances of the particles of each position. X (F, B, D), Y (F, C, D) -> (F, B, C)
 
-    The lower bound of 1e-8 is that of the official drifting code. In float32 the distance of a
-    particle to itself is a rounding error of up to about 1e-2 of the mean.
+    The lower bound of 1e-8 is that of the official drifting code. It does not hide rounding: in
+    float32, a particle can be up to 1e-2 of the mean distance away from itself.
     """
     # |x - y|^2 = x^2 + y^2 - 2 x y, whose only expensive part is one batched matrix product.
     x2 = X.pow(2).sum(-1)[:, :, None]                               # (F, B, 1)
@@ -30,13 +29,13 @@ def distances(X, Y):
     return (x2 + y2 - 2 * X @ Y.transpose(1, 2)).clamp(min=1e-8).sqrt()
 
 
-def double_softmax(logits):
+def double_softmax(exponents):
     """The "doubly-normalized softmax" of Sec. 3.3: over the targets and over the particles.
 
-    The one over the targets decides which of them moves a particle. The one over the particles
-    keeps a target from moving all of them.   logits (F, B, C) -> root of their product, (F, B, C)
+    The first decides which targets (or negatives) move a particle, and the second keeps one target
+    from moving all particles.   exponents (F, B, C) -> root of the softmaxes' product, (F, B, C)
     """
-    return (logits.softmax(2) * logits.softmax(1)).sqrt()
+    return (exponents.softmax(2) * exponents.softmax(1)).sqrt()
 
 
 def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
@@ -45,22 +44,23 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
         V_h(X_i) = sum_j a+_ij (Y_j - X_i) - sum_j a-_ij (X_sigma(j) - X_i)                  Eq. 6
         loss = sum_h 1 / Z_h mean_i |X_i - sg(X_i + V_h(X_i))|^2                             Eq. 7
 
-    Refinements attract, and drafts repel each other, so that they do not gather. The Laplace kernel
-    exp(-distance / h) falls more slowly than a Gaussian one: distant targets still count. There are
-    several h: a small one moves the drafts that are near a target, a large one all of them.
+    Refinements attract, and drafts repel each other, so that they do not gather. For X_sigma(j), a
+    cyclic shift of the batch, the code takes all X_j (see FORMS). The Laplace kernel falls more
+    slowly than a Gaussian, so distant targets still count. A small h moves only the drafts that are
+    near a target, and a large h moves all of them.
 
     X (B, F, D)      features of the drafts
     Y (C, F, D)      features of the refinements; C may differ from B if own_target
-    bandwidths       the set H of the h, each in units of the mean distance
+    bandwidths       the set H of all h, each in units of the mean distance
     joint            True: attraction and repulsion share one normalisation and have equal weight
                      (Deng et al. 2026). False: each has its own, as Eq. 6 is printed
-    self_negative    whether X_i is one of its own negatives. Its own force is zero, but it enters
-                     the softmax, and so weakens all other negatives
+    self_negative    whether X_i is one of its own negatives. X_i does not push itself, but takes
+                     its share of the softmax, and so weakens all other negatives
     own_target       whether Y_i, the refinement of X_i, is one of the targets of X_i
     returns          list of V_h (B, F, D), one for each h, float32, without gradient
 
     By default X_i is compared only with particles that are independent of it. V is then 0 on
-    average where (X_i, Y_i) is as likely as (Y_i, X_i).
+    average, as `drift_at_rest` measures, if (X_i, Y_i) and (Y_i, X_i) have the same distribution.
     """
     B = X.shape[0]
     if B < 2 and not self_negative:
@@ -71,7 +71,7 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
         X = X.detach().to(dtype).transpose(0, 1)                    # (F, B, D)
         Y = Y.detach().to(dtype).transpose(0, 1)                    # (F, C, D)
         d_neg, d_pos = distances(X, X), distances(X, Y)             # (F, B, B), (F, B, C)
-        # The unit is the mean distance: an h then means the same in every feature space.
+        # The unit is the mean distance, so that an h means the same in every feature space.
         unit = torch.cat([d_neg, d_pos], 2).mean().clamp(min=1e-3)
         d_neg, d_pos = d_neg / unit, d_pos / unit
         # An excluded pair is moved 100 units apart, where its affinity underflows to 0.
@@ -82,7 +82,7 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
             d_pos = d_pos + own
         drifts = []
         for h in bandwidths:
-            # a+- ~ exp(-|X_i - .| / h): the exponents are the logits of the softmaxes.
+            # a+ and a- are the affinities, made from the kernel exp(-distance / h).
             if joint:
                 a = double_softmax(-torch.cat([d_neg, d_pos], 2) / h)
                 a_neg, a_pos = a[..., :B], a[..., B:]
@@ -92,7 +92,7 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
                 a_neg, a_pos = a_neg * sum_pos, a_pos * sum_neg
             else:
                 a_neg, a_pos = double_softmax(-d_neg / h), double_softmax(-d_pos / h)
-            # Eq. 6: sum_j a+_ij (Y_j - X_i) and sum_j a-_ij (X_sigma(j) - X_i).
+            # Eq. 6: sum_j a+_ij (Y_j - X_i) and sum_j a-_ij (X_j - X_i).
             attract = a_pos @ Y - a_pos.sum(2, keepdim=True) * X    # (F, B, D)
             repel = a_neg @ X - a_neg.sum(2, keepdim=True) * X      # (F, B, D)
             drifts.append((attract - repel).transpose(0, 1))        # (B, F, D)
@@ -100,7 +100,7 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
 
 
 def rms(V, scale):
-    """Z_h of Eq. 7: the RMS of V. A V below 1e-4 of the features' scale is a rounding error."""
+    """Z_h of Eq. 7: the RMS of V, or 1e-4 of the features' scale where V is a rounding error."""
     return torch.maximum(V.pow(2).mean().sqrt(), 1e-4 * scale)
 
 
@@ -109,45 +109,44 @@ def drift_loss(X, Y, bandwidths, **form):
 
     X (B, F, D)   features of the drafts; the only input that carries gradient
     Y (C, F, D)   features of the refinements; constants
-    bandwidths    the set H; form: joint, self_negative and own_target of `drift`
+    bandwidths    the set H of all h
+    form          joint, self_negative and own_target of `drift`
     returns       loss (), float32; logs: "rms_<h>", the RMS of the drift, and, where each draft
                   has one refinement, "cos_<h>", the drift's mean cosine with Y - X
-    The value of the loss is sum_h RMS(V_h), and its gradient is -2 / X.numel() * sum_h V_h /
-    RMS(V_h): a step of gradient descent moves the features along the drift, and every bandwidth
-    has the same strength. Where Eq. 7 has the squared norm, which is a sum over D, we take the
-    mean, so that blocks of every width have the same weight.
+    The loss is sum_h RMS(V_h), and its gradient -2 / X.numel() * sum_h V_h / RMS(V_h): gradient
+    descent moves X along the drift, and all bandwidths have the same strength. In place of the
+    squared norm of Eq. 7, a sum over D, we take the mean: blocks of every width weigh the same.
     """
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     scale = X.detach().std().clamp(min=1e-3)
     loss, logs = 0.0, {}
     for h, V in zip(bandwidths, drift(X, Y, bandwidths, **form)):   # V (B, F, D)
         Z = rms(V, scale)
-        # Eq. 7; the paper's sg(.) is .detach() here.
-        loss = loss + (X - (X + V).detach()).pow(2).mean() / Z
+        loss = loss + (X - (X + V).detach()).pow(2).mean() / Z      # Eq. 7, where .detach() is sg
         logs[f"rms_{h:g}"] = Z
         if X.shape == Y.shape:
             logs[f"cos_{h:g}"] = torch.cosine_similarity(V, (Y - X).detach(), dim=2).mean()
     return loss, logs
 
 
-# ---------------------------------------------------------------- Eq. 6 seen: `python drift.py`
-# Is the own refinement among the targets, is a draft itself among its negatives, and are both sides
-# normalised together or each alone? The negatives of Eq. 6 are "cyclic in-batch shifts". The sum
-# over j of one cyclic shift meets i itself once, the sum over all shifts but 0 never does, and the
-# paper does not say which it is. What we call "Eq. 6 as printed" has i itself in.
+# ---------------------------------------------------------------- Eq. 6 in a picture
+# Is a draft's own refinement among its targets, is the draft itself among its negatives, and are
+# both sides normalised together or each alone? The negatives of Eq. 6 are "cyclic in-batch shifts".
+# With one fixed shift the sum over j includes i itself once; a sum over all shifts except 0 never
+# does. The paper does not say which it means. What we call "Eq. 6 as printed" includes i.
 FORMS = {
-    "in, out, together (the official drifting code, given pairs)": dict(own_target=True),
+    "in, out, together (the official drifting code, given such pairs)": dict(own_target=True),
     "in, out, alone": dict(own_target=True, joint=False),
     "in, in, alone (Eq. 6 as printed; the default for captions)":
         dict(own_target=True, self_negative=True, joint=False),
     "in, in, together": dict(own_target=True, self_negative=True),
-    "out, out, together (the default for labels)": {}}
+    "out, out, together (the default for classes)": {}}
 
 
 def drift_at_rest(rho, bandwidths, batches=60, **form):
     """The component of V along X at a known fixed point, where it should be 0, in units of X.
 
-    X is Gaussian, and Y = rho X + noise has the same distribution, as a refinement of X has where
+    X is Gaussian, and Y = rho X + noise has the same distribution, as a refinement of X does when
     Eq. 3 holds. Above 0 the drafts spread, below 0 they gather.   -> mean and standard error, (H,)
     """
     generator, along = torch.Generator().manual_seed(0), []
@@ -163,13 +162,13 @@ def draw_drift(bandwidths):
     """The drift for each h, and the sum of V_h / Z_h, along which Eq. 7 moves X. -> PIL image"""
     generator, side = torch.Generator().manual_seed(0), 1230
     angle = 2 * math.pi * torch.arange(40)[:, None] / 40
-    ring = torch.cat([angle.cos(), -angle.sin()], 1)                # (40, 2), y points down
+    ring = torch.cat([angle.cos(), -angle.sin()], 1)                # (40, 2); y points down
     X = ring * (1 + 0.3 * angle.cos()) + 0.05 * torch.randn(40, 2, generator=generator)
-    Y = X + ring * (0.5 - 0.4 * angle.sin())                        # farther out, less so on top
+    Y = X + ring * (0.5 - 0.4 * angle.sin())                        # outside X, by less at the top
     drifts = [V[:, 0] for V in drift(X[:, None], Y[:, None], bandwidths)]   # (40, 2) each
     panels = [(f"h = {h:g}", V) for h, V in zip(bandwidths, drifts)]
     panels.append(("all: sum of V_h / Z_h", sum(V / rms(V, X.std()) for V in drifts)))
-    # Everything is drawn three times as large and then scaled down, which makes lines smooth.
+    # Everything is drawn three times as large and then scaled down, so that lines are smooth.
     picture = Image.new("RGB", (side * len(panels), 1390), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(66)
     for i, (title, V) in enumerate(panels):
@@ -189,10 +188,10 @@ def draw_drift(bandwidths):
 
 
 def main():
-    print(f"{'component of V along X at a known fixed point':60}   h = 0.05    0.2    0.5")
+    print(f"{'component of V along X at a known fixed point':64}   h = 0.05    0.2    0.5")
     for name, form in FORMS.items():
         mean, _ = drift_at_rest(0.95, (0.05, 0.2, 0.5), **form)
-        print(f"{name:60}   " + "   ".join(f"{component:+z.3f}" for component in mean))
+        print(f"{name:64}   " + "   ".join(f"{component:+z.3f}" for component in mean))
     draw_drift((0.02, 0.05, 0.2)).save("drift.png")
 
 
