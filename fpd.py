@@ -7,20 +7,20 @@ z_init --student--> logits --sample--> draft z_hat --mask a share r--> z_masked 
                       |                        drift loss (Eq. 6, 7) -+- Y <-- Phi <-- decoder +
                       +<--------------- gradient -------------+
 
-The few random codes in z_init are the student's latent, like the z of a GAN: without them all
-drafts of a condition would have the same logits, and their tokens would be independent.
+The few random codes in z_init are the student's latent noise: without them all drafts of a
+condition would have the same logits, and the tokens of a draft would be independent of each other.
 
 The student has converged when its drafts have the distribution of their own refinements: a fixed
 point (Eq. 3). The paper states this for every r. With a teacher that fills masked tokens
-independently of each other it can hold only on average over r ~ pi, and that is where the student
-comes to rest. `fpd_step` is one step towards it; `fixed_point` gets near it without training.
+independently of each other it can hold only on average over r ~ pi, and there the student ends.
+`fpd_step` gives the loss of one step towards it; `fixed_point` gets near it without training.
 
-With `fpd_step` the method is complete. Below it: the teachers' own samplers, the optional GAN, for
-comparison Di[M]O and SDTT, and two tokens, where the answer is known by hand (`python fpd.py`).
+With `fpd_step` the method is complete. Below it are the teachers' own samplers, the optional GAN,
+Di[M]O and SDTT for comparison, and an example that can be computed by hand (`python fpd.py`).
 
     B drafts   L tokens each   K codes (mask id = K)   d code width  c condition   E (K, d) codebook
-    r share of masked positions   is_masked (B, L) bool, True = masked   guidance s: u + s (c - u)
-    generator: one torch.Generator for the batch, or a list of B: no image depends on its batch then
+    r share of masked positions   is_masked (B, L) bool   guidance s: uncond + s (cond - uncond)
+    generator: one torch.Generator, or one for each image, so that no image depends on its batch
 """
 import copy
 import math
@@ -38,7 +38,7 @@ from drift import drift_loss
 def generators(seed, first, n, device):
     """One generator per image, so that an image does not depend on the batch it is drawn in."""
     if not 0 <= seed < 4294:
-        # A CPU's generator takes 32 bits: seed 2^26 would give the images of seed 0.
+        # A CPU's generator uses only 32 bits of its seed, and 4294 million is nearly 2^32.
         raise ValueError(f"seeds are 0 to 4293, not {seed}")
     return [torch.Generator(device).manual_seed(seed * 1_000_000 + first + i) for i in range(n)]
 
@@ -58,9 +58,9 @@ def gumbel(shape, generator, device):
 
 
 def draw(logits, temperature, generator):
-    """One token per position. logits (B, L, K), the temperature divides -> z (B, L)."""
+    """One token per position, sampled from logits (B, L, K) / temperature. -> z (B, L)"""
     if temperature <= 0:
-        raise ValueError(f"the temperature is {temperature}, and should be above 0")
+        raise ValueError(f"the temperature has to be above 0, not {temperature}")
     logits = logits.float()
     return (logits / temperature + gumbel(logits.shape, generator, logits.device)).argmax(-1)
 
@@ -69,17 +69,17 @@ def draw(logits, temperature, generator):
 def gamma(t):
     """gamma of Eq. 1, the teachers' "arccos" schedule: the share of masked positions at time t.
 
-    It falls from gamma(0) = 1 to gamma(1) = 0. Our t runs with sampling, the paper's against it.
+    It falls from gamma(0) = 1 to gamma(1) = 0. Our t rises during sampling, the paper's falls.
     """
     return torch.arccos(t) / (math.pi / 2)
 
 
 def masked_positions(rank, r):
-    """Mask a share r (B,) of the positions, given in a random order. -> (B, L), True = masked
+    """Mask a share r (B,) of the positions: the first in a random order. -> (B, L), True = masked
 
     rank (B, L) is the place of each position in that order. The number of masked positions is
-    exactly max(1, round(r L)), so that every image is refined at the r that was drawn for it. In
-    Eq. 1, where each position is masked independently, it is r L on average only.
+    exactly max(1, round(r L)), so that every image has the r that was drawn for it. In Eq. 1, where
+    each position is masked independently, it is r L only on average.
     """
     n = (r * rank.shape[1]).round().clamp(min=1)                    # (B,), at least one
     return rank < n[:, None]
@@ -97,11 +97,11 @@ def remask(z, r, mask_id, generator):
 
 # ---------------------------------------------------------------- the teacher (Sec. 3.1)
 def guided_logits(model, z, c, s):
-    """Classifier-free guidance u + s (c - u), from one pass over the doubled batch.
+    """Classifier-free guidance uncond + s (cond - uncond), from one pass over the doubled batch.
 
     z (B, L), c (B, ...) -> logits (B, L, K), float32
     """
-    if s == 1:                                                      # no guidance, no second half
+    if s == 1:                                                      # no guidance: one pass over z
         return model(z, c).float()
     drop = torch.arange(2 * len(z), device=z.device) >= len(z)      # True: the unconditional half
     logits = model(torch.cat([z, z]), torch.cat([c, c]), drop).float()
@@ -125,8 +125,8 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
 def refine(teacher, z_masked, c, s, generator):
     """T_phi^r of Eq. 5: the teacher fills the masked positions of z_masked (B, L), guidance s.
 
-    Masked tokens are sampled, not maximised, because Eq. 3 is about distributions. All of them are
-    filled, although the operator of Sec. 3.1 masks some again, because the result must be decoded.
+    Tokens are sampled, because Eq. 3 is about distributions. All masked positions are filled in,
+    although the operator of Sec. 3.1 masks some again, because the result must be decoded.
     -> z_ref (B, L)
     """
     logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
@@ -134,31 +134,33 @@ def refine(teacher, z_masked, c, s, generator):
 
 
 def sample_ratio(B, low, high, generator, device="cpu"):
-    """r ~ pi of Eq. 5: gamma(u) for uniform u, as in the teacher's training, cut to [low, high].
+    """r ~ pi of Eq. 5: gamma(u), u uniform, as in the teacher's training; truncated to [low, high].
 
-    The paper does not give pi. Another one is tried here, and changes nothing else.   -> (B,)
+    The paper does not give pi. To try another one, change only this function. The row "fixed point"
+    of the reports then moves, too. Only the column "by hand" of `python fpd.py` assumes this pi.
+    -> (B,)
     """
-    # arccos decreases, so the bounds of u are those of r in reverse order.
+    # gamma decreases, so the bounds of u are those of r in reverse order.
     u_low, u_high = math.cos(high * math.pi / 2), math.cos(low * math.pi / 2)
     return gamma(u_low + (u_high - u_low) * uniform((B,), generator, device))
 
 
 def local_correction(teacher, z, c, cfg, generator):
-    """The operator of Eq. 3: mask a share r ~ pi of z (B, L), and let the teacher fill it again.
+    """The operator of Eq. 3: mask a share r ~ pi of z (B, L), and let the teacher fill it in again.
 
     -> z_ref (B, L), is_masked (B, L)
     """
     r = sample_ratio(len(z), *cfg.remask, generator, z.device)
     z_masked, is_masked = remask(z, r, teacher.K, generator)        # M_r
-    z_ref = refine(teacher, z_masked, c, cfg.refine_guidance, generator)    # T_phi^r
-    return z_ref, is_masked
+    return refine(teacher, z_masked, c, cfg.refine_guidance, generator), is_masked      # T_phi^r
 
 
 def fixed_point(teacher, z, c, cfg, generator, rounds):
     """Tokens z (B, L) after `rounds` of Eq. 3's operator, near its fixed point. -> (B, L)
 
-    The student is trained towards this distribution. Started from samples of the teacher, it is
-    known before any training. It is a reference, not a bound.
+    The student is trained towards this distribution, which can be computed before any training,
+    from samples of the teacher. It is a reference, not a bound: it keeps temperature 1 and the
+    refinement's guidance, while the student has its own temperature and learns through Phi.
     """
     for _ in range(rounds):
         z, _ = local_correction(teacher, z, c, cfg, generator)
@@ -169,15 +171,15 @@ def fixed_point(teacher, z, c, cfg, generator, rounds):
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi; one X (B, F, D) for each block.
 
-    Both are frozen, but gradients pass through them. It reads cfg.blocks, cfg.space, cfg.grid (F =
-    grid^2 positions) and cfg.lift_chunk: gradient checkpointing in chunks of so many images, which
-    takes less memory and gives the same gradient, because neither network mixes images.
+    Both are frozen, but gradients pass through them. Of cfg it reads blocks, space, grid (F = grid^2
+    positions) and lift_chunk: gradient checkpointing in chunks of that many images, for less
+    memory. The gradient is the same, because neither network mixes images.
     """
     def __init__(self, tokenizer, phi, cfg):
         self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
 
     def in_chunks(self, f, *inputs):
-        """[f of the first lift_chunk rows of the inputs, f of the next ones, ...]"""
+        """f of the first lift_chunk rows of the inputs, f of the next ones, ... -> list"""
         n = self.cfg.lift_chunk
         if n is None:
             return [f(*inputs)]
@@ -199,17 +201,18 @@ class Lift:
 
     def features(self, images):
         """Images (B, 3, H, W) -> list of X (B, F, D)."""
-        return [torch.cat(X) for X in zip(*self.in_chunks(self.maps, images))]
+        return [torch.cat(X) for X in zip(*self.in_chunks(self.chunk_features, images))]
 
-    def maps(self, images):
+    def chunk_features(self, images):
+        """Features of one chunk of images (B, 3, H, W) -> list of X (B, F, D)."""
         grid = self.cfg.grid
-        if self.cfg.space == "pixel":                               # Table 4a: nothing learned
+        if self.cfg.space == "pixel":                               # Table 4a: raw pixels
             side = images.shape[-1] // grid                         # a remainder is cut off
             pixels = images[..., :grid * side, :grid * side]
             return [F.unfold(pixels, side, stride=side).transpose(1, 2)]    # (B, F, 3 side^2)
         X = []
         for m in self.phi.maps(images, self.cfg.blocks):            # (B, D, h, w)
-            # Every location is standardised, so that all of them have the same weight.
+            # Every position is standardised, so that all of them have the same weight.
             m = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)
             X.append(F.adaptive_avg_pool2d(m, grid).flatten(2).transpose(1, 2))     # (B, F, D)
         return X
@@ -227,13 +230,14 @@ def per_class_groups(X, n):
 def straight_through(logits, E, generator, temperature=1.0, soft=False):
     """Sample the draft (Eq. 4), with hard codes forward and soft gradients backward (Eq. 8).
 
-    logits (B, L, K) of the student; E (K, d); temperature of the draft (divides)
-    soft      return the mixture of codes e_soft as e instead, the other row of Table 3a
+    logits (B, L, K) of the student; E (K, d); temperature of the draft, by which logits are divided
+    soft      e is e_soft, the mixture of all codes (Table 3a). In the paper the teacher gets this
+              mixture, too; here it gets the sampled tokens z_hat
     returns   z_hat (B, L), the draft, and e (B, L, d), bit for bit E[z_hat] unless soft
     """
     logits, E = logits.float(), E.float()
     z_hat = draw(logits, temperature, generator)                    # Eq. 4, z_hat ~ p_theta
-    # In float32, because bfloat16 would give codes that are near each other the same gradient.
+    # This is float32, because bfloat16 would give codes that are near each other the same gradient.
     with torch.autocast(logits.device.type, enabled=False):
         # The mean code, at temperature 1 whatever the draft's temperature is: in a colder softmax
         # a token that is nearly certain would get almost no gradient, whether right or wrong.
@@ -242,13 +246,12 @@ def straight_through(logits, E, generator, temperature=1.0, soft=False):
         return z_hat, e_soft
     # Eq. 8: the bracket is 0, and its gradient is that of e_soft. Written this way, e equals
     # E[z_hat] bit for bit. The other common order, e_soft + (E[z_hat] - e_soft).detach(), rounds.
-    e = E[z_hat] + (e_soft - e_soft.detach())
-    return z_hat, e
+    return z_hat, E[z_hat] + (e_soft - e_soft.detach())
 
 
 @torch.no_grad()
 def one_step(student, c, r_init, generator, temperature=1.0):
-    """The draft alone (Eq. 4), as at inference. c (B, ...) -> z_hat (B, L)"""
+    """The draft alone (Eq. 4), as in inference. c (B, ...) -> z_hat (B, L)"""
     z_init = init_tokens(len(c), student.L, student.K, r_init, generator, c.device)
     return draw(student(z_init, c), temperature, generator)
 
@@ -265,14 +268,20 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     student, teacher  MaskGIT or MaskGen, (B, L), (B, ...) -> (B, L, K); the teacher is frozen
     lift              a Lift: E[z] -> images -> features (Sec. 3.3)
     E (K, d)          the tokenizer's codebook
-    c (B, ...)        condition, labels or text, in runs of cfg.per_class equal ones. Only the
-                      drafts of a run are compared; if per_class is None, the whole batch is
-    returns           loss (); logs (dict of 0-dim tensors); images (B, 3, H, W), the decoded
-                      drafts, through which all of the gradient passes
+    c (B, ...)        condition, labels or text, in groups of cfg.per_class equal ones. Only drafts
+                      of a group are compared; if per_class is None, the whole batch is
+    cfg               has the fields per_class, init_mask, temperature, estimator, draft_source,
+                      remask, refine_guidance, bandwidths, affinity and own_pair of train.Config
+    returns           loss (); logs, 0-dim tensors; images (B, 3, H, W), the decoded drafts, through
+                      which all of the gradient passes
+
+    Other networks can be used. A teacher is called with z, c and drop (B,) bool, True = without c,
+    and has .K and .L. A tokenizer has .E, .decode(e, c) and .decoder, whose weights' precision is
+    that of Lift.decode. Phi has .maps(images, blocks) -> list of (B, D, h, w).
     """
     B, K = len(c), student.K
     n = cfg.per_class or B                                          # drafts that are compared
-    # 1. Draft (Eq. 4): one pass over an almost fully masked canvas.
+    # 1. Draft (Eq. 4): one pass over an almost fully masked sequence.
     z_init = init_tokens(B, student.L, K, cfg.init_mask, generator, c.device)   # (B, L)
     logits = student(z_init, c)                                     # (B, L, K)
     z_hat, e = straight_through(logits, E, generator, cfg.temperature,    # (B, L), (B, L, d)
@@ -307,15 +316,14 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
 
 
 # ---------------------------------------------------------------- T-step samplers (Sec. 3.1)
-# The teachers as their authors sample them. No training step of FPD needs this.
+# These are the samplers of the teachers' authors. No training step of FPD needs them.
 def reveal_counts(L, steps):
     """How many of L tokens the official MaskGIT sampler fixes in each step -> `steps` ints, sum L.
 
-    Every step fixes at least one token until none is left: with nearly as many steps as tokens, the
-    last counts are 0.
+    Every step fixes at least one token until none is left, so the last counts can be 0.
     """
     if steps == 1:
-        return [L]                                                  # officially a division by zero
+        return [L]                                                  # the official code divides by 0
     v = gamma(torch.linspace(1, 0, steps))
     counts = (v / v.sum() * L).round().clamp(min=1).long()
     counts[-1] += L - counts.sum()
@@ -329,10 +337,9 @@ def sample_maskgit(teacher, c, steps, generator, s=1.0, temperature=1.0, noise=4
     """The official MaskGIT sampler: T steps of "predict all, keep the most confident" (Sec. 3.1).
 
     teacher      a MaskGIT; c (B,) labels
-    s            guidance of the last step. It rises linearly from 1 (none) in the first step, so
-                 that a single step has none
-    temperature  divides the logits before a token is drawn
-    noise        Gumbel noise on the confidence, which falls linearly to 0
+    s            guidance of the last step. It rises linearly from 1, and a single step has none
+    temperature  by which the logits are divided
+    noise        Gumbel noise on the confidence; the noise falls linearly to 0
     returns      z (B, L), codes only
     """
     B, L, K = len(c), teacher.L, teacher.K
@@ -368,8 +375,8 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0):
 
     teacher   a MaskGen; c (B, rows, W) text
     s         guidance of the last step. It rises from 2, or from s if that is less, along half a
-              cosine wave. The official code writes c + g (c - u), so that its g is one less: its
-              guidance_scale 12 is our 13, and it rises from 1 where ours rises from 2
+              cosine wave. The official code has cond + g (cond - uncond), so that its g is one
+              less: its guidance_scale 12 is our 13, and it rises from 1 where ours rises from 2
     noise     Gumbel noise on the choice of a token and on the confidence. It falls linearly to 0:
               the last step takes the likeliest tokens
     returns   z (B, L), codes only
@@ -380,7 +387,7 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0):
         t = (i + 1) / steps                                         # a single step: no noise
         weight = min(2, s) + (s - min(2, s)) * (1 - math.cos(math.pi * t)) / 2
         logits = guided_logits(teacher, z, c, weight)
-        logits = logits / (0.5 + 0.8 * (1 - t))                     # (B, L, K), ever sharper
+        logits = logits / (0.5 + 0.8 * (1 - t))                     # (B, L, K), sharper each step
         noisy = logits + noise * (1 - t) * gumbel(logits.shape, generator, c.device)
         tokens = noisy.argmax(-1)                                   # (B, L)
         confidence = logits.gather(-1, tokens[..., None])[..., 0]
@@ -399,12 +406,11 @@ def sample_teacher(teacher, c, steps, generator, s, noise):
 
 # ---------------------------------------------------------------- the GAN (Sec. 3.4), optional
 def axis_of(size, shift, centre):
-    """DiffAugment along one axis of `size` pixels: what it moves, and what it cuts out.
+    """One axis, `size` pixels long, of `diff_augment`: which pixels it moves and cuts out.
 
-    shift, centre (B, 1) in [0, 1) -> for each pixel, all (B, size): the index of the pixel to read;
-    is it padding; is it cut out
+    shift, centre (B, 1) in [0, 1) -> three (B, size): the pixel to read; is it padding; is it cut
     """
-    limit = int(size / 8 + 0.5)                                     # an eighth, either way
+    limit = int(size / 8 + 0.5)                                     # an eighth of the side
     hole = int(size / 5 + 0.5)                                      # a fifth of the side
     position = torch.arange(size, device=shift.device)
     moved = position + (shift * (2 * limit + 1)).long() - limit
@@ -417,8 +423,8 @@ def diff_augment(images, generator):
     """DiffAugment (Zhao et al. 2020): colour, translation and cutout, drawn anew for each image.
 
     (B, 3, H, W) -> the same shape. It keeps the discriminator from learning the real images by
-    heart. Officially it comes after the normalisation of each network's input; the colours of
-    DeiT's images then vary half as much.
+    heart. The official code applies it to each network's normalised input, where the same change
+    of colour is half as strong for DeiT.
     """
     B, C, H, W = images.shape
     u = uniform((B, 7), generator, images.device)
@@ -452,23 +458,23 @@ def blur(images, sigma):
     return F.conv2d(images, kernel[:, :, None], padding=(0, radius), groups=3)
 
 
-def row_mean(logits, f):
+def network_mean(logits, f):
     """Mean of f over images and logits, then over the networks, which have equal weight. -> ()
 
-    logits: list of (B, n), one for each network. The official losses are sums, B * len(logits)
-    times as large, with which lambda would depend on B.
+    logits: list of (B, n), one per network. The official losses are sums: lambda would depend on B.
     """
     return torch.stack([f(x.float()).mean() for x in logits]).mean()
 
 
 def gan_loss(fake):
     """L_gan of the student (Sec. 3.4, hinge): its drafts' logits should be high. -> ()"""
-    return row_mean(fake, lambda x: -x)
+    return network_mean(fake, lambda x: -x)
 
 
 def discriminator_loss(real, fake):
     """Hinge loss: logits of real images should be above 1, those of drafts below -1. -> ()"""
-    return row_mean(real, lambda x: F.relu(1 - x)) + row_mean(fake, lambda x: F.relu(1 + x))
+    return (network_mean(real, lambda x: F.relu(1 - x))
+            + network_mean(fake, lambda x: F.relu(1 + x)))
 
 
 def gan_step(discriminator, opt, images, real, seen, generator, autocast):
@@ -479,33 +485,33 @@ def gan_step(discriminator, opt, images, real, seen, generator, autocast):
     autocast       the context in which networks run; backward passes and steps are outside it
     returns        d L_gan / d images (B, 3, H, W); logs: logits of real images and drafts, its loss
     """
-    # As in the official code, a blur that falls to 0 lets it look at shapes before texture.
+    # As in the official code, a blur that falls to 0: shapes are learnt first, and then texture.
     sigma = 2.0 * images.shape[-1] / 256 * max(0.0, 1 - seen / 300_000)
 
-    def logits(x):
+    def discriminate(x):
         with autocast:
             return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
 
     discriminator.train()
     discriminator.discriminators.requires_grad_(True)
     # Two calls, so that real images and drafts have their own batch statistics.
-    on_real = logits(real)
-    on_drafts = logits(images.detach())
+    on_real = discriminate(real)
+    on_drafts = discriminate(images.detach())
     loss = discriminator_loss(on_real, on_drafts)
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
-    # The student's gradient needs none of the heads' weights.
+    # The student needs no gradients of the heads' weights.
     discriminator.discriminators.requires_grad_(False)
     drafts = images.detach().requires_grad_()
-    gradient, = torch.autograd.grad(gan_loss(logits(drafts)), drafts)
-    logs = dict(gan_real=row_mean(on_real, lambda x: x), gan_fake=row_mean(on_drafts, lambda x: x),
-                gan_loss=loss)
+    gradient, = torch.autograd.grad(gan_loss(discriminate(drafts)), drafts)
+    logs = dict(gan_real=network_mean(on_real, lambda x: x),
+                gan_fake=network_mean(on_drafts, lambda x: x), gan_loss=loss)
     return gradient, {key: value.detach() for key, value in logs.items()}
 
 
 # ---------------------------------------------------------------- for comparison (Table 2)
-# The paper's method ends above. These are two other methods, over the same networks.
+# The paper's method ends above. These are two other methods, on the same networks.
 class DiMO:
     """Di[M]O (Zhu et al. 2025): token-level matching on the student's drafts.
 
@@ -513,12 +519,12 @@ class DiMO:
     z_init only, so an auxiliary network learns this distribution from the drafts. The gradient of
     KL(teacher, auxiliary) with respect to the auxiliary's logits is applied directly to the
     student's logits. Nothing is propagated back through the sampling, and neither decoder nor Phi
-    is needed.   .trained: what a checkpoint has to hold
+    is needed. The attribute `trained` is what a checkpoint has to hold.
     """
-    def __init__(self, cfg, parts):
-        self.cfg, self.teacher = cfg, parts.teacher
-        self.auxiliary = copy.deepcopy(parts.teacher).requires_grad_(True)
-        # The student's learning rate without its schedule: never slower than the student.
+    def __init__(self, cfg, nets):
+        self.cfg, self.teacher = cfg, nets.teacher
+        self.auxiliary = copy.deepcopy(nets.teacher).requires_grad_(True)
+        # A constant learning rate, so that it never learns more slowly than the student.
         self.opt = torch.optim.AdamW(self.auxiliary.parameters(), lr=cfg.lr, weight_decay=0.0)
         self.trained = dict(auxiliary=self.auxiliary, auxiliary_opt=self.opt)
 
@@ -562,11 +568,11 @@ class SDTT:
     """SDTT (Deschenaux and Gulcehre 2024): one step of the student learns two of the teacher's.
 
     There are four rounds of equal length, 16 -> 8 -> 4 -> 2 -> 1 steps. After each of them the
-    student becomes the teacher of the next.   .trained: what a checkpoint has to hold
+    student becomes the next teacher. The attribute `trained` is what a checkpoint has to hold.
     """
-    def __init__(self, cfg, parts):
-        self.cfg, self.original = cfg, parts.teacher
-        self.teacher = copy.deepcopy(parts.teacher)
+    def __init__(self, cfg, nets):
+        self.cfg, self.original = cfg, nets.teacher
+        self.teacher = copy.deepcopy(nets.teacher)
         self.trained = dict(sdtt_teacher=self.teacher)
 
     def step(self, student, c, step, generator, autocast):
@@ -578,9 +584,9 @@ class SDTT:
         cfg, teacher = self.cfg, self.teacher
         B, L, K = len(c), student.L, student.K
         current = 4 * (step - 1) // cfg.steps                       # round 0 .. 3
-        if current > 4 * (step - 2) // cfg.steps >= 0:
+        if step > 1 and current > 4 * (step - 2) // cfg.steps:      # a later round begins
             teacher.load_state_dict(student.state_dict())
-        steps = 8 >> current                                        # that the student is to need
+        steps = 8 >> current                                        # that the student needs then
         s = cfg.refine_guidance if current == 0 else 1              # later teachers have learnt it
         with torch.no_grad(), autocast:
             if steps > 1:
@@ -609,25 +615,26 @@ class SDTT:
 
 
 # ---------------------------------------------------------------- two tokens: `python fpd.py`
-# The method where the answer is known by hand. An "image" is a pair of tokens x, y of 8 codes each,
-# and the data are a checkerboard: half of the 64 pairs never occur. A model is judged by the share
-# of its samples that are such impossible pairs.
+# The method on an example that can be computed by hand. An "image" is a pair of tokens x, y of 8
+# codes each, and the data are a checkerboard: half of the 64 pairs never occur. A model is judged
+# by the share of its samples that are such impossible pairs.
 # - The teacher is exact. It gives p(x | y), p(y | x), p(x) and p(y), but, like every masked
 #   diffusion model, it fills tokens that are masked together independently of each other. In two
 #   steps it is right; in one step it draws from p(x) p(y), and half of its samples are impossible.
 # - It can teach all the same, because it sees what is left of the draft. Let m be the probability
-#   that r masks both tokens. With probability 1 - m the refinement is a possible pair, and else a
-#   sample of p(x) p(y). So the fixed point of Eq. 3, on average over r ~ pi, is
+#   that r masks both tokens. With probability 1 - m the refinement is a possible pair, otherwise it
+#   is a sample of p(x) p(y). So the fixed point of Eq. 3, on average over r ~ pi, is
 #   (1 - m) p(x, y) + m p(x) p(y), in which the share of impossible pairs is m / 2.
 # - The student, too, draws both tokens independently of each other. Only the random code in z_init
-#   can couple them, because both depend on it. With z_init all masked, the student is no better
-#   than the teacher in one step, whatever the loss.
-# - "Eq. 6 as printed" does not rest at this fixed point (see drift.py); the default form does.
+#   can couple them, because both depend on it. With z_init all masked its tokens are independent,
+#   so that it cannot have the data's joint distribution: in the table it stays at one half.
+# - At this fixed point the drift of "Eq. 6 as printed" is not 0 (see drift.py): the student of the
+#   last row does not end there. The default form does.
 PAIR = dict(init_mask=0.5, temperature=1.0, estimator="ste", draft_source="student",
             remask=(0.1, 0.9), refine_guidance=1.0, bandwidths=(0.02, 0.05, 0.2), affinity="joint",
             own_pair=False, per_class=None)
-# Code k is the point at angle 2 pi k / 8. Codes on a line would not do, because the gradient of
-# Eq. 8 is linear in the codes: one that lies between two others is never raised most.
+# Code k is the point at angle 2 pi k / 8. On a line the middle codes could not win: the gradient of
+# a logit (Eq. 8) is a dot product with its code, which is largest at one of the two ends.
 ANGLE = 2 * math.pi * torch.arange(8) / 8
 POINTS = torch.stack([ANGLE.cos(), ANGLE.sin()], 1)                 # the codebook E, (8, 2)
 # Decoder and Phi are the identity: one block, one position, and features (B, F = 1, D = 4).
@@ -635,7 +642,7 @@ IDENTITY = SimpleNamespace(decode=lambda e, c: e.flatten(1), features=lambda x: 
 
 
 class LogitTable:
-    """A model without a network: logits (9, 9, 2, 8) of both tokens for each of 9 x 9 canvases."""
+    """A model without a network: logits (9, 9, 2, 8) of both tokens, for all 9 x 9 inputs."""
     K, L = 8, 2
 
     def __init__(self, probabilities):
@@ -646,10 +653,10 @@ class LogitTable:
 
 
 def checkerboard():
-    """-> the data p(x, y) (8, 8), whose squares are 2 x 2 pairs, and the exact teacher"""
+    """The data p(x, y) (8, 8), a checkerboard of 2 x 2 squares, and the exact teacher."""
     square = torch.arange(8) // 2
     p = (square[:, None] + square + 1) % 2 / 32
-    # p(x | y) and p(y | x) for each canvas, up to a factor. The last row is for a masked token.
+    # p(x | y) and p(y | x) for each input, up to a factor. The last row is for a masked token.
     x_given_y = torch.cat([p.T, p.sum(1)[None]])[None, :].expand(9, 9, 8)
     y_given_x = torch.cat([p, p.sum(0)[None]])[:, None].expand(9, 9, 8)
     table = torch.stack([x_given_y, y_given_x], 2)                  # (9, 9, 2, 8)
@@ -664,8 +671,8 @@ def both_masked(low, high):
 
 
 def train_pair(teacher, cfg, seed=0, steps=700):
-    """A student of two tokens, trained by `fpd_step` as it is and AdamW. -> LogitTable"""
-    # The student begins as the teacher, but has no logit of minus infinity.
+    """A student of two tokens, trained with the unchanged `fpd_step` and AdamW. -> LogitTable"""
+    # The student begins as the teacher, but all of its logits are finite.
     student = LogitTable(teacher.logits.exp() + 1e-3)
     opt = torch.optim.AdamW([student.logits.requires_grad_()], weight_decay=0.0)
     generator, c = torch.Generator().manual_seed(seed), torch.zeros(128, dtype=torch.long)
@@ -724,5 +731,5 @@ def main():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)            # tensors this small only lose by more
+    torch.set_num_threads(1)            # more would only slow down such small tensors
     main()
