@@ -171,9 +171,9 @@ def fixed_point(teacher, z, c, cfg, generator, rounds):
 class Lift:
     """E[z] -> images -> features (Sec. 3.3): decoder, then Phi; one X (B, F, D) for each block.
 
-    Both are frozen, but gradients pass through them. Of cfg it reads blocks, space, grid (F = grid^2
-    positions) and lift_chunk: gradient checkpointing in chunks of that many images, for less
-    memory. The gradient is the same, because neither network mixes images.
+    Both are frozen, but gradients pass through them. Of cfg it reads blocks, space, grid (F is
+    grid^2) and lift_chunk: gradient checkpointing in chunks of that many images, for less memory.
+    The gradient is the same, because neither network mixes images.
     """
     def __init__(self, tokenizer, phi, cfg):
         self.tokenizer, self.phi, self.cfg = tokenizer, phi, cfg
@@ -269,15 +269,15 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
     lift              a Lift: E[z] -> images -> features (Sec. 3.3)
     E (K, d)          the tokenizer's codebook
     c (B, ...)        condition, labels or text, in groups of cfg.per_class equal ones. Only drafts
-                      of a group are compared; if per_class is None, the whole batch is
+                      of one group are compared, or the whole batch if per_class is None
     cfg               has the fields per_class, init_mask, temperature, estimator, draft_source,
                       remask, refine_guidance, bandwidths, affinity and own_pair of train.Config
     returns           loss (); logs, 0-dim tensors; images (B, 3, H, W), the decoded drafts, through
                       which all of the gradient passes
 
     Other networks can be used. A teacher is called with z, c and drop (B,) bool, True = without c,
-    and has .K and .L. A tokenizer has .E, .decode(e, c) and .decoder, whose weights' precision is
-    that of Lift.decode. Phi has .maps(images, blocks) -> list of (B, D, h, w).
+    and has .K and .L. A tokenizer has .E, .decode(e, c) and .decoder, in whose precision it is run.
+    Phi has .maps(images, blocks) -> list of (B, D, h, w).
     """
     B, K = len(c), student.K
     n = cfg.per_class or B                                          # drafts that are compared

@@ -1,9 +1,9 @@
-"""train.py - the whole run, from nothing to a one-step student and its report.
+"""train.py - the whole run, from images to a one-step student and its report.
 
-    prepare (once, kept)  images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2)
+    prepare (only once)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2)
                           images -> Phi, and the evaluation classifier ("judge")
                           imagenet, laion: the official files
-    distil                student = copy of the teacher; fpd.fpd_step (Eq. 3 to 8), AdamW, EMA
+    distil                student = copy of the teacher; fpd.fpd_step (Eq. 4 to 8), AdamW, EMA
     report                runs/<name>/: config.json, log.jsonl, samples/, samples.gif, step.png,
                           checkpoint.pt, student.pt, report.jsonl, report.png
 
@@ -43,8 +43,8 @@ from models import (BACKBONE, FEATURE_NETWORKS, PUBLIC, WEIGHTS, Backbone, ConvN
 
 # --------------------------------------------------------------------------------- settings
 def option(default, help, group=None):
-    """A field of Config: its default, and the sentence that --help prints. "paper" or "ours" says
-    where the default is from. group: the title of the group of settings that begins here."""
+    """A field of Config: its default, and the text that --help prints. "paper" or "ours" says where
+    the default is from. group: the title of the group of settings that begins here."""
     return dataclasses.field(default=default, metadata=dict(help=help, group=group))
 
 
@@ -54,56 +54,56 @@ def int_or_none(text):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting, written once. `train.py --help` prints all of it, and which data sets and
-    methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run changes SMOKE."""
-    dataset: str = option("shapes", "shapes and scenes are drawn here, folder: your own images, "
-                          "imagenet and laion: the public networks", "what runs")
+    """Every setting, written once. `train.py --help` prints all of them, and which data sets and
+    methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run changes SMOKE, too."""
+    dataset: str = option("shapes", "shapes, scenes: drawn by the code; folder: your own images; "
+                          "imagenet, laion: the official networks", "what runs")
     data: str = option("", "folder: a subfolder for each class; imagenet, laion: the GAN's images")
     captions: str = option("", "laion: a text file with one caption per line")
-    method: str = option("fpd", "the paper's; dimo and sdtt are for comparison (Table 2)")
-    name: str = option("", "the run is kept in runs/<name>; else named by data set and method")
+    method: str = option("fpd", "fpd: the paper's; dimo, sdtt: for comparison (Table 2)")
+    name: str = option("", "folder of the run in runs/ (by default: data set and method)")
     resume: bool = option(False, "go on with an interrupted run, the newest or --name")
-    gpus: int = option(None, "0: CPU, 1: one GPU, else a GPU if there is one; several: torchrun")
-    smoke: bool = option(False, "a few steps, tiny networks: proves the set-up, learns nothing")
-    ablations: int = option(0, "Tables 3 and 4 in miniature, so many seeds for each row")
-    seed: int = option(0, "of the distillation, its samples and its report, 0 to 4293")
+    gpus: int = option(None, "0: CPU; 1: one GPU; by default a GPU if there is one; more: torchrun")
+    smoke: bool = option(False, "a few steps of tiny networks: tests the set-up, learns nothing")
+    ablations: int = option(0, "Tables 3 and 4 in miniature, with this many seeds for each row")
+    seed: int = option(0, "random seed of the student, its samples and its report, 0 to 4293")
 
     tokenizer_steps: int = option(600, "training steps of the VQGAN, batch 32",
                                   "preparation of the small worlds: once, shared by all seeds")
-    classifier_steps: int = option(200, "of Phi and of the evaluation classifier, batch 64")
-    teacher_steps: int = option(1200, "of the MaskGIT or MaskGen, batch 64")
+    classifier_steps: int = option(200, "steps of Phi and of the evaluation classifier, batch 64")
+    teacher_steps: int = option(1200, "training steps of the MaskGIT or MaskGen, batch 64")
 
-    weights: str = option(WEIGHTS, "folder of the official files, which else come from the hub",
+    weights: str = option(WEIGHTS, "folder of the official files; missing ones come from the hub",
                           "the teacher and its sampler (models.PUBLIC)")
     sample_guidance: float = option(PUBLIC["imagenet"]["sample_guidance"],
                                     "guidance in the sampler's last step, 1: none")
     confidence_noise: float = option(PUBLIC["imagenet"]["confidence_noise"],
-                                     "Gumbel noise on the confidence of tokens, falls to 0")
+                                     "Gumbel noise on the tokens' confidence; it falls to 0")
 
     init_mask: float = option(0.9, "r_init, the masked share of z_init; ours", "the method")
-    temperature: float = option(1.0, "of the draft (Eq. 4), in training and after it; ours")
-    draft_source: str = option("student", "whose draft is refined (Table 3b); paper")
-    remask: tuple = option((0.1, 0.9), "pi of Eq. 5: arccos(u) 2/pi between these shares; ours")
+    temperature: float = option(1.0, "temperature of the draft (Eq. 4), also after training; ours")
+    draft_source: str = option("student", "tokens to refine (Table 3b): drafts or random; paper")
+    remask: tuple = option((0.1, 0.9), "lowest and highest r of Eq. 5 (fpd.sample_ratio); ours")
     refine_guidance: float = option(2.0, "guidance of the refinement (Eq. 5), 1: none; ours")
     space: str = option("feature", "where drafts are compared (Table 4a); paper")
     blocks: tuple = option((2, 5, 8, 11), "blocks of Phi that are compared (Table 4b); paper")
     grid: int = option(4, "features are averaged to grid x grid positions (Table 4b); paper")
     bandwidths: tuple = option((0.02, 0.05, 0.2), "H of Eq. 7 (Table 4a); paper")
-    affinity: str = option("joint", "attraction and repulsion share a normalisation; ours")
-    own_pair: bool = option(False, "is a draft one of its own negatives, and its own refinement "
-                            "one of its targets (Eq. 6)? ours")
-    per_class: int_or_none = option(32, "drafts of one class in a batch, only these are compared, "
-                                    "16 with the GAN; none: the whole batch is; ours")
-    estimator: str = option("ste", "Eq. 8, or the soft embedding (Table 3a); paper")
+    affinity: str = option("joint", "one normalisation of both forces (joint) or one of each; ours")
+    own_pair: bool = option(False, "a draft is one of its own negatives, and its own refinement "
+                            "one of its targets (Eq. 6); ours")
+    per_class: int_or_none = option(32, "drafts of a class in a batch; only these are compared; 16 "
+                                    "with the GAN; none: the whole batch is compared; ours")
+    estimator: str = option("ste", "ste: Eq. 8; soft: the soft embedding (Table 3a); paper")
     gan_weight: float = option(0.0, "weight of the GAN (Sec. 3.4), in units of the drift; 0: none")
 
     steps: int = option(100_000, "training steps of the student; ours", "optimisation")
     batch: int = option(32, "drafts in a batch, of each process under torchrun; paper")
     lr: float = option(1e-5, "learning rate of AdamW; paper")
-    decay: float = option(0.0, "last share of the steps, in which lr falls to 0; ours")
-    ema: float = option(0.9999, "of the moving average of the student's weights; ours")
+    decay: float = option(0.0, "share of the steps, at the end, in which lr falls to 0; ours")
+    ema: float = option(0.9999, "decay of the moving average of the student's weights; ours")
     lift_chunk: int = option(None, "images that are lifted at a time: less memory, same gradient; "
-                             "else all, or 8 on a small GPU")
+                             "by default all, or 8 on a small GPU")
 
     log_every: int = option(10, "steps between lines of log.jsonl", "bookkeeping")
     sample_every: int = option(1000, "steps between grids of samples")
@@ -116,10 +116,10 @@ CHOICES = dict(dataset=("shapes", "scenes", "folder", "imagenet", "laion"),
                space=("feature", "pixel"), affinity=("joint", "apart"), estimator=("ste", "soft"))
 # The student's gradient is clipped to this norm (ours).
 CLIP = 1.0
-# In these first steps the student's learning rate rises to its value (ours).
+# The number of first steps in which the student's learning rate rises to its value (ours).
 WARMUP = 20
 # What the small worlds change. Their student is 200 times smaller than MaskGIT and trains for
-# minutes. At temperature 1 its drafts would be patchwork, because each token is drawn on its own.
+# minutes. At temperature 1 its drafts would be patchwork, because tokens are drawn independently.
 SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0.3, per_class=64,
              sample_guidance=2.0, blocks=(0, 1, 2, 3), sample_every=80, save_every=50)
 # What captions change. Most captions occur once per batch, so a draft's own refinement is the only
@@ -128,23 +128,22 @@ CAPTIONS = dict(own_pair=True, affinity="apart", per_class=None,
                 confidence_noise=PUBLIC["laion"]["confidence_noise"])
 DATASETS = {"shapes": SMALL, "scenes": SMALL | CAPTIONS, "folder": SMALL, "imagenet": {},
             "laion": CAPTIONS | PUBLIC["laion"] | dict(batch=64)}
-# What the other methods change. Neither compares drafts with each other. Di[M]O has its own share
-# of masked tokens. SDTT starts from a fully masked canvas, so the sampling of its tokens is its
-# only noise, and its learning rate falls in the last of its four rounds.
+# What the other methods change. Neither compares drafts with each other. Di[M]O has its authors'
+# share of masked tokens. SDTT begins with all tokens masked: its only noise is their sampling. Its
+# learning rate falls in the last of its four rounds.
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=None),
            "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=None, decay=0.25)}
-# What the GAN changes, unless the whole batch is compared. Its real images are of all classes, so a
-# batch has to have several, too.
+# What the GAN changes, unless the whole batch is compared: its real images have several classes.
 GAN = dict(per_class=16)
-# There is no decay in a smoke run, because it depends on the number of steps: 2 steps and, after
-# --resume, 2 more are then the same as 4.
+# A smoke run has no decay, so that 2 steps, and 2 more after --resume, are the same as 4.
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, decay=0.0,
              log_every=1, sample_every=2, save_every=2)
 # The only settings that may be typed beside --resume; all others are the checkpoint's.
 RESUMABLE = {"resume", "name", "gpus", "data", "weights", "steps", "lift_chunk", "log_every",
              "sample_every", "save_every"}
 # The rows of --ablations: the paper's table, a name, what differs from the base, and the paper's
-# GenEval score (overall).
+# GenEval score (overall). In the paper's soft rows the teacher sees the mixtures, too; here it sees
+# the sampled tokens. Without captions, "STE + GAN" is to be compared with "16 drafts of a class".
 ABLATIONS = [
     ("", "FPD, the base", {}, 0.43),
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
@@ -163,7 +162,7 @@ ABLATIONS = [
 
 
 def described_default(name, default):
-    """The default of a setting, and which data sets and methods change it -> text for --help."""
+    """Text for --help: the default of a setting, and which data sets and methods change it."""
     changed = {}
     for key, settings in (DATASETS | METHODS).items():
         if settings.get(name, default) != default:
@@ -175,8 +174,8 @@ def described_default(name, default):
 
 
 def parse(argv=None):
-    """Command line -> Config: its defaults, then those of data set, method and smoke run, then what
-    was typed. With --resume, the settings of the checkpoint in place of the defaults."""
+    """Command line -> Config: its defaults, changed by data set, method and smoke run, and then by
+    what was typed. With --resume, the checkpoint's settings replace the defaults."""
     parser = argparse.ArgumentParser(
         description="Distil a masked discrete diffusion model into one step (FPD).",
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -214,27 +213,28 @@ def parse(argv=None):
 
 
 def refusals(cfg, typed, step):
-    """What the program cannot do, or what would silently give something else -> {message: is it
-    so?}   typed: the settings that were typed; step: of the checkpoint to resume"""
+    """Why a command line is refused -> {message: does it apply?}   typed: the settings that were
+    typed; step: how many the run to resume has done"""
     is_official, has_gan, is_sdtt = (cfg.dataset in sample.OFFICIAL, bool(cfg.gan_weight),
                                      cfg.method == "sdtt")
     beside = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUMABLE - {"resume"}))
     return {
-        f"--resume keeps the run's settings; only these go with it: {beside}":
+        f"--resume keeps the run's settings; only these can be given beside it: {beside}":
             cfg.resume and not typed.keys() <= RESUMABLE,
-        f"--steps {cfg.steps}: the run has done {step} already": cfg.steps < step,
+        f"--steps {cfg.steps}: the run has already done {step}": cfg.steps < step,
         "the rounds of sdtt are quarters of --steps, which --resume cannot change":
             cfg.resume and is_sdtt and "steps" in typed,
         "--method sdtt starts fully masked: --init-mask 1": is_sdtt and cfg.init_mask != 1,
         "--init-mask, --remask LOW HIGH, --decay and --ema are shares, from 0 to 1":
             not all(0 <= x <= 1 for x in (cfg.init_mask, *cfg.remask, cfg.decay, cfg.ema))
             or cfg.remask[0] > cfg.remask[1],
-        f"--batch {cfg.batch} is no multiple of --per-class {cfg.per_class}":
+        f"--batch {cfg.batch} is not a multiple of --per-class {cfg.per_class}":
             cfg.batch % (cfg.per_class or 1) != 0,
-        "--seed is 0 to 4293": not 0 <= cfg.seed <= 4294 - max(1, cfg.ablations),
+        f"--seed has to be 0 to {4294 - max(1, cfg.ablations)}":
+            not 0 <= cfg.seed <= 4294 - max(1, cfg.ablations),
         "--gpus 1: torch sees no GPU": cfg.gpus == 1 and not torch.cuda.is_available(),
         "--name is the name of one folder, without /": Path(cfg.name).name != cfg.name,
-        f"runs/{cfg.name} is there: choose another --name, or --resume":
+        f"runs/{cfg.name} exists already: choose another --name, or --resume":
             cfg.name and Path("runs", cfg.name).exists() and not (cfg.resume or cfg.ablations),
         "--data DIR is for --dataset folder and for the GAN of imagenet and laion, which need it":
             bool(cfg.data) != (cfg.dataset == "folder" or is_official and has_gan),
@@ -243,17 +243,17 @@ def refusals(cfg, typed, step):
         f"--captions {cfg.captions}: there is no such file":
             cfg.captions and not Path(cfg.captions).is_file(),
         "--ablations are for shapes, scenes and folder": cfg.ablations and is_official,
-        "--gan-weight goes with --method fpd": has_gan and cfg.method != "fpd",
-        "several processes train FPD without the GAN, and nothing else":
+        "--gan-weight needs --method fpd": has_gan and cfg.method != "fpd",
+        "torchrun works only with --method fpd, without the GAN and without --ablations":
             "RANK" in os.environ and (has_gan or cfg.method != "fpd" or cfg.ablations)}
 
 
-# --------------------------------------------------------------------------------- trainings
+# --------------------------------------------------------------------------------- training
 class Muon(torch.optim.Optimizer):
     """Steps along matrices with equal singular values (Jordan et al. 2024), in float32.
 
-    torch.optim.Muon works in bfloat16, which most CPUs only emulate: the teacher's minutes would
-    become half an hour. Nor does it take the filters of a convolution.
+    torch.optim.Muon works in bfloat16, which most CPUs only emulate: the teacher would need half an
+    hour in place of minutes. It also does not accept the filters of a convolution.
     """
     def __init__(self, matrices, lr, weight_decay, momentum):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -276,8 +276,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(G):
-    """G (n, m) = U S V^T -> nearly U V^T: five rounds of Newton and Schulz bring all singular
-    values to 0.7 ... 1.2."""
+    """G (n, m) = U S V^T -> nearly U V^T: five rounds of the Newton-Schulz iteration, after which
+    all singular values are about 0.7 to 1.2."""
     if len(G) > G.shape[1]:
         # The smaller of the two Gram matrices is cheaper.
         return orthogonalised(G.T).T
@@ -289,15 +289,13 @@ def orthogonalised(G):
 
 
 class Optimiser:
-    """Muon for weight matrices and filters, AdamW for embeddings, norms and biases; one cycle of
-    the learning rate. With AdamW alone a network needs twice as many steps.
-
-    clip    largest norm of the gradient
-    """
+    """Muon for weight matrices and filters, AdamW for embeddings, norms and biases, both with a
+    one-cycle learning rate. With AdamW alone a network needs twice as many steps. clip: the largest
+    norm of the gradient."""
     # Name endings of 2-D parameters that are lookup tables or biases, not matrices.
     TABLES = ("emb.weight", "embedding.weight", "embeddings.weight", "bias")
-    # The momentum falls from the high value to the low one while the learning rate rises, and goes
-    # back as it falls (the cycle of Smith and Topin 2019).
+    # Lowest and highest momentum. It falls from the highest value to the lowest while the learning
+    # rate rises, and rises again while that falls (the cycle of Smith and Topin 2019).
     MOMENTUM = (0.85, 0.95)
 
     def __init__(self, network, steps, lr, weight_decay=0.0, clip=math.inf):
@@ -310,25 +308,22 @@ class Optimiser:
         self.opts = [torch.optim.AdamW(others, lr, betas=(high, 0.95), weight_decay=weight_decay),
                      Muon(matrices, 2 * lr, weight_decay, high)]
         # With 10 steps or fewer the schedule would divide by 0.
-        total = max(steps + 1, 11)
         self.scheds = [torch.optim.lr_scheduler.OneCycleLR(
-            opt, opt.param_groups[0]["lr"], total_steps=total, pct_start=0.1, base_momentum=low,
-            max_momentum=high) for opt in self.opts]
+            opt, opt.param_groups[0]["lr"], total_steps=max(steps + 1, 11), pct_start=0.1,
+            base_momentum=low, max_momentum=high) for opt in self.opts]
 
     def update(self, loss):
-        """One step down the gradient of the loss (). ValueError when it is not finite."""
-        if not loss.isfinite():
-            raise ValueError(f"the loss of a training is {loss.item()}")
+        """One step down the gradient of the loss (). RuntimeError if it is not finite."""
         for opt in self.opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=True)
         for x in (*self.opts, *self.scheds):
             x.step()
 
 
 def train_tokenizer(vq, cfg, device):
-    """VQGAN on the images: L1 + L2 reconstruction, codebook and commitment loss. Images this small
+    """Train the VQGAN with L1 + L2 reconstruction, codebook and commitment loss. Images this small
     become sharp without the GAN of the original."""
     images, _, _ = tok.world(cfg, "train")
     usage = torch.zeros(vq.K, device=device)
@@ -344,7 +339,7 @@ def train_tokenizer(vq, cfg, device):
         z = vq.nearest(e)                                                       # (B, L)
         q = vq.E[z]                                                             # (B, L, d)
         usage.mul_(0.95).add_(torch.bincount(z.flatten(), minlength=vq.K))
-        # The gradient passes the quantiser as if it were not there.
+        # The gradient passes through the quantiser unchanged.
         y = vq.decode(e if step <= begin else e + (q - e).detach())
         reconstruction = (y - x).abs().mean() + (y - x).pow(2).mean()
         loss = reconstruction
@@ -352,8 +347,7 @@ def train_tokenizer(vq, cfg, device):
             commitment = (e - q.detach()).pow(2).mean()
             loss = loss + (q - e.detach()).pow(2).mean() + 0.25 * commitment
         optimiser.update(loss)
-        is_time = step > begin and step % 20 == 0 and step < 0.8 * steps
-        if step == begin or is_time:
+        if step == begin or begin < step < 0.8 * steps and step % 20 == 0:
             tok.reseed_codes(vq, e.detach().flatten(0, 1), z.flatten(), usage, step == begin)
         if step % 20 == 0:
             bar.set_postfix(reconstruction=f"{reconstruction.item():.3f}",
@@ -361,28 +355,27 @@ def train_tokenizer(vq, cfg, device):
 
 
 def train_classifier(net, cfg, device, split):
-    """A classifier of the classes, or, for scenes, of the coloured shapes that occur in an image.
+    """Train a classifier of the class or, for scenes, of the coloured shapes in an image.
     split: "judge", the evaluation classifier, or "phi", the feature network of the drift.
 
     A classifier ignores what no class depends on, such as the background, and the drift cannot
-    correct what Phi does not see. We therefore also ask every cell of Phi's last map to reconstruct
-    its own pixels and a thumbnail of the whole image. Drafts are compared cell by cell: with the
-    thumbnail, separate cells agree on one image. (DINOv3 sees both: it was trained without classes,
-    and its cells attend to each other.)
+    correct what Phi does not see. So every position of Phi's last map also has to reconstruct its
+    own pixels and a thumbnail of the whole image. Drafts are compared position by position, and the
+    thumbnail makes the positions agree on one image. (DINOv3 needs no such help: it was trained
+    without classes, and its positions attend to each other.)
     """
     images, labels, _ = tok.world(cfg, split)
     loss_of = F.cross_entropy
     if cfg.dataset == "scenes":
-        # Which of the 24 coloured shapes are there, where the caption names every colour.
+        # Labels are captions here. Those with all colours say which of 24 coloured shapes occur.
         objects = [tok.parse_caption(caption)["objects"] for caption in labels]
         named = [i for i, pairs in enumerate(objects) if all(colour for colour, _ in pairs)]
         classes = [(colour, shape) for colour in tok.COLOURS for shape in tok.SHAPES]
         labels = torch.tensor([[float(pair in objects[i]) for pair in classes] for i in named])
         images = images[named]
         loss_of = F.binary_cross_entropy_with_logits
-    width = net.stem.out_channels
-    # For each cell its own 8 x 8 pixels, and the whole image as 8 x 8.
-    painter = nn.Conv2d(4 * width, 2 * 3 * 8 ** 2, 1).to(device)
+    # For each position its own 8 x 8 pixels, and the whole image reduced to 8 x 8 pixels.
+    painter = nn.Conv2d(4 * net.stem.out_channels, 2 * 3 * 8 ** 2, 1).to(device)
     trained = nn.ModuleList([net, painter]) if split == "phi" else net
     optimiser = Optimiser(trained, cfg.classifier_steps, 3e-3, weight_decay=0.01)
     for _ in tqdm(range(cfg.classifier_steps), split):
@@ -399,8 +392,8 @@ def train_classifier(net, cfg, device, split):
 
 
 def train_teacher(teacher, cfg, device, vq, text):
-    """MaskGIT or MaskGen on the tokens of the images: predict the masked ones (Eq. 2). The
-    condition is dropped for one image in ten, so that guidance works."""
+    """Train MaskGIT or MaskGen to predict the masked tokens of the images (Eq. 2). The condition is
+    dropped for one image in ten, so that guidance works."""
     images, c, _ = tok.world(cfg, "train")
     with torch.no_grad():
         z = torch.cat([vq.encode(tok.to_float(part).to(device)) for part in images.split(200)])
@@ -422,7 +415,7 @@ def train_teacher(teacher, cfg, device, vq, text):
 
 
 # --------------------------------------------------------------------------------- preparation
-# What --smoke takes in place of the official networks: the same classes, tiny, with random weights.
+# What --smoke uses in place of the official networks: the same Python classes, tiny and untrained.
 TINY_PHI = (Backbone, dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64))
 TINY = {
     "imagenet": {
@@ -438,8 +431,8 @@ TINY = {
 
 
 def prepared_folder(cfg):
-    """runs/prepared/<dataset>-<hash of settings and images>: where the networks of a small world
-    are kept, which all runs with these settings and images share."""
+    """runs/prepared/<dataset>-<hash of settings and images>: the folder of the networks of a small
+    world, which all runs with these settings and images share."""
     key = [cfg.smoke, cfg.tokenizer_steps, cfg.classifier_steps, cfg.teacher_steps,
            tok.fingerprint(cfg)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
@@ -447,15 +440,15 @@ def prepared_folder(cfg):
 
 
 def prepared(path, seed, network, args, train, device):
-    """One of these networks: read from its file, or trained and saved where there is no file yet.
+    """A network of a small world: read from its file, or trained and saved if there is no file yet.
 
-    seed            of its random weights and of its training
-    network, args   its class, and their arguments
+    seed            random seed of its first weights and of its training
+    network, args   its class, and the arguments of that
     train           a function of the network that trains it
-    returns         dict(cls=, args=, state=), as of sample.load_network
+    returns         dict(cls=, args=, state=), which sample.load_network reads
     """
     if path.exists():
-        print(f"{path} is there (delete {path.parent} after a change of the code that made it)")
+        print(f"found {path} (delete {path.parent} after changing the code that makes it)")
     else:
         print(f"{path}: training")
         torch.manual_seed(seed)
@@ -465,12 +458,12 @@ def prepared(path, seed, network, args, train, device):
         sample.save(path, dict(cls=network.__name__, args=args, state=model.state_dict()))
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if saved["args"] != args:
-        raise ValueError(f"{path} has other sizes than the code asks for: delete {path.parent}")
+        raise ValueError(f"{path} has other sizes than this code: delete {path.parent}")
     return saved
 
 
 def small_networks(cfg, n_classes, device):
-    """The networks of a small world -> {field of sample.Networks: dict as of `prepared`}."""
+    """The networks of a small world -> {field of sample.Networks: dict from `prepared`}."""
     # Codes have length 1. Without normalisation the codes of the dark, middle and light background
     # lie on one line. The gradient of a logit (Eq. 8) is a dot product with its code, so one of the
     # two ends always wins over the middle.
@@ -486,7 +479,7 @@ def small_networks(cfg, n_classes, device):
     saved["phi"] = prepared(folder / "phi.pt", seed + 1, ConvNet,
                             dict(num_classes=n_classes, width=32),
                             lambda net: train_classifier(net, cfg, device, "phi"), device)
-    # Scenes needs no evaluation classifier: its scorer is exact.
+    # Scenes needs no evaluation classifier: its scorer finds the objects in the pixels.
     if cfg.dataset != "scenes":
         saved["judge"] = prepared(folder / "judge.pt", 2, ConvNet,
                                   dict(num_classes=n_classes, width=24),
@@ -506,7 +499,7 @@ def small_networks(cfg, n_classes, device):
 
 def official_networks(cfg, device):
     """The paper's networks -> sample.Networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and
-    CLIP; DINOv3 as Phi. In a smoke run those of TINY."""
+    CLIP; DINOv3 as Phi. A smoke run uses those of TINY."""
     if cfg.smoke:
         saved = {}
         for seed, (part, (network, args)) in enumerate(TINY[cfg.dataset].items()):
@@ -525,8 +518,8 @@ def official_networks(cfg, device):
 
 
 def prepare(cfg, device, saved):
-    """Everything that distillation takes as given, trained where it is not there yet. saved: the
-    networks in the checkpoint of the run to resume, or {}. -> sample.Networks without a student"""
+    """All networks that distillation needs; those of a small world are trained if necessary. saved:
+    the networks in the checkpoint of the run to resume, or {}. -> sample.Networks, no student"""
     if cfg.dataset in sample.OFFICIAL:
         nets = official_networks(cfg, device)
     else:
@@ -539,8 +532,8 @@ def prepare(cfg, device, saved):
 
 # --------------------------------------------------------------------------------- distillation
 def draw_condition(nets, cfg, generator):
-    """The condition of a batch: per_class times each of batch / per_class classes or captions,
-    drawn without replacement as long as there are enough. -> (B, ...)"""
+    """The condition of a batch: batch / per_class classes or captions, drawn without replacement
+    while they last, each repeated per_class times. -> (B, ...)"""
     repeats = cfg.per_class or 1
     groups = cfg.batch // repeats
     n = len(nets.names if nets.text is None else nets.captions)
@@ -569,11 +562,11 @@ class Gan:
     """The discriminator, its optimiser and its real images (Sec. 3.4).
 
     Nothing else in the distillation sees a real image. Which ones a step takes follows from the
-    seed and the step.   .trained: what a checkpoint has to hold
+    seed and the step. The attribute `trained` is what a checkpoint has to hold.
     """
     def __init__(self, cfg, nets, device):
         self.cfg, self.size = cfg, nets.tokenizer.image_size
-        # The heads of the discriminator begin with random weights.
+        # The seed has to determine the random weights with which the discriminator's heads begin.
         torch.manual_seed(cfg.seed)
         is_official = cfg.dataset in sample.OFFICIAL
         if is_official and not cfg.smoke:
@@ -590,15 +583,14 @@ class Gan:
         self.trained = dict(discriminator=discriminator, discriminator_opt=self.opt)
 
     def real(self, n, seen):
-        """The n real images of the step that begins with `seen` drafts -> (n, 3, H, W) in [-1, 1].
-        ValueError when 100 files in a row cannot be read."""
+        """n real images for the step before which the discriminator has seen `seen` drafts
+        -> (n, 3, H, W) in [-1, 1]. ValueError if 100 files in a row cannot be read."""
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + seen)
         images, misses = [], 0
         while len(images) < n:
-            image = self.images[torch.randint(len(self.images), (), generator=generator)]
+            x = self.images[torch.randint(len(self.images), (), generator=generator)]
             try:
-                is_file = isinstance(image, Path)
-                images.append(tok.read_image(image, self.size) if is_file else image)
+                images.append(tok.read_image(x, self.size) if isinstance(x, Path) else x)
                 misses = 0
             except ValueError as error:
                 tqdm.write(f"skipped: {error}")
@@ -614,18 +606,18 @@ class Gan:
         lambda is chosen in every step, such that the GAN's gradient is gan_weight times as large as
         the drift's: a weight then means the same for every network.   -> (B, 3, H, W); logs
         """
-        drift, = torch.autograd.grad(loss, images)                              # (B, 3, H, W)
+        of_drift, = torch.autograd.grad(loss, images)               # (B, 3, H, W)
         seen = (step - 1) * len(images)                             # drafts before this step
         real = self.real(len(images), seen).to(images)
-        gan, logs = fpd.gan_step(self.discriminator, self.opt, images, real, seen, generator,
-                                 autocast)
-        scale = self.cfg.gan_weight * drift.norm() / gan.norm().clamp(min=1e-12)
+        of_gan, logs = fpd.gan_step(self.discriminator, self.opt, images, real, seen, generator,
+                                    autocast)
+        scale = self.cfg.gan_weight * of_drift.norm() / of_gan.norm().clamp(min=1e-12)
         logs["gan_scale"] = scale                                   # lambda of the paper's sum
-        return drift + scale * gan, logs
+        return of_drift + scale * of_gan, logs
 
 
 def save_checkpoint(folder, step, nets, trained, generator):
-    """checkpoint.pt: all that sample.py needs to draw, and that --resume needs to go on."""
+    """checkpoint.pt: all that sample.py needs to draw images, and --resume to go on."""
     states = {name: x.state_dict() for name, x in trained.items()}
     sample.save(folder / "checkpoint.pt",
                 dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names,
@@ -634,8 +626,8 @@ def save_checkpoint(folder, step, nets, trained, generator):
 
 
 def load_checkpoint(folder, trained, generator):
-    """Fill networks and optimisers from checkpoint.pt -> its step. Lines that log.jsonl got after
-    it, before a kill, are cut off."""
+    """Fill networks and optimisers from checkpoint.pt -> its step. Lines that were written to
+    log.jsonl after it are cut off, because these steps are repeated."""
     saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, x in trained.items():
         x.load_state_dict(saved[name])
@@ -649,19 +641,19 @@ def load_checkpoint(folder, trained, generator):
 
 
 def finite_numbers(values, step):
-    """0-dim tensors -> floats. This waits for the GPU. ValueError where one is not finite."""
+    """0-dim tensors -> floats. This waits for the GPU. ValueError if one is not finite."""
     numbers = {name: x.item() for name, x in values.items()}
     for name, x in numbers.items():
         if not math.isfinite(x):
-            raise ValueError(f"{name} is {x} at step {step}; the last checkpoint stays")
+            raise ValueError(f"{name} is {x} at step {step}; the last checkpoint is kept")
     return numbers
 
 
 def distil(cfg, nets, folder, device):
     """Train the student. It leaves checkpoint.pt, log.jsonl, samples/ and pictures in `folder`.
 
-    Under torchrun every process draws its own conditions and drafts and compares them among
-    themselves; gradients are averaged, and rank 0 writes.
+    Under torchrun every process draws its own conditions and drafts, and compares only these.
+    Gradients are averaged, and rank 0 writes the files.
     """
     # ---------------------------------------- set-up: what is trained
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -678,12 +670,12 @@ def distil(cfg, nets, folder, device):
         trained |= other.trained if other else {}
 
     # ---------------------------------------- set-up: speed on a GPU
-    # Where the GPU has bfloat16, networks run in it, the decoder's weights too; the drift does not.
+    # If the GPU has bfloat16, networks run in it, and the decoder's weights are kept in it.
     is_half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device, torch.bfloat16, enabled=is_half)
     tokenizer = copy.deepcopy(nets.tokenizer).to(torch.bfloat16) if is_half else nets.tokenizer
     lift, E = fpd.Lift(tokenizer, nets.phi, cfg), nets.tokenizer.E
-    # Shapes stay the same from step to step, so cuDNN searches for its fastest algorithms once.
+    # All steps have the same tensor sizes, so cuDNN searches for its fastest algorithms once.
     torch.backends.cudnn.benchmark = device == "cuda"
     model = student
     if dist.is_initialized():
@@ -698,12 +690,12 @@ def distil(cfg, nets, folder, device):
         (folder / "log.jsonl").write_text("")
         save_checkpoint(folder, 0, nets, trained, generator)
         sample_grid(cfg, nets, ema, folder, 0, teacher_rows)
-    # After Ctrl-C or a scheduler's signal, the step under way is finished and saved. (The processes
-    # of torchrun would not stop after the same step, so they simply end.)
+    # After Ctrl-C or a scheduler's signal, the step is finished and saved. (Under torchrun the
+    # processes would not stop after the same step, so they simply end.)
     received, signals = [], () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
                 for number in signals}
-    # A terminal gets a bar, a file a line every log_every steps.
+    # A terminal shows a bar; a file gets a line every log_every steps.
     is_terminal = sys.stdout.isatty()
     bar = tqdm(range(start + 1, cfg.steps + 1), "distil", initial=start, total=cfg.steps,
                disable=None if is_terminal else True)
@@ -719,7 +711,7 @@ def distil(cfg, nets, folder, device):
                 loss, logs, images = fpd.fpd_step(model, nets.teacher, lift, E, c, cfg,
                                                   generator)                    # Eq. 4 to 8
         if gan:
-            # The two losses meet at the decoded drafts; the rest of the way back is common.
+            # Both losses depend on the decoded drafts; the backward pass from there on is shared.
             gradient, gan_logs = gan.gradient(loss, images, step, generator, autocast)
             images.backward(gradient)                                           # Sec. 3.4
             logs |= gan_logs
@@ -727,9 +719,9 @@ def distil(cfg, nets, folder, device):
             loss.backward()
         logs["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         opt.step()
-        # At once, so that the gradients are gone while the graph of the next step grows.
+        # Gradients are freed now, before the next step builds its graph.
         opt.zero_grad(set_to_none=True)
-        # The decay begins low, so that the teacher's weights are soon forgotten.
+        # The EMA's decay begins low, so that the teacher's weights are soon forgotten.
         update_ema(ema, student, min(cfg.ema, (1 + step) / (10 + step)))
 
         is_logged, is_stopped = step % cfg.log_every == 0, bool(received)
@@ -758,7 +750,7 @@ def distil(cfg, nets, folder, device):
 
 
 def example_rows(nets, cfg):
-    """The upper rows of every grid of samples, as of sample.image_grid: the teacher."""
+    """The teacher's rows, with which every grid of samples begins, for sample.image_grid."""
     c, _ = sample.grid_conditions(nets)
     return [(f"teacher {steps}", sample.generate(nets.teacher, nets.tokenizer, c, cfg, steps,
                                                  seed=cfg.seed)) for steps in (16, 1)]
@@ -766,7 +758,7 @@ def example_rows(nets, cfg):
 
 def sample_grid(cfg, nets, ema, folder, step, teacher_rows):
     """samples/: teacher in 16 steps and in 1, student in 1, for the same labels or captions.
-    samples.gif: these grids one after the other. step.png: one step of the training, now."""
+    samples.gif: these grids as a film. step.png: sample.step_grid of the present student."""
     c, captions = sample.grid_conditions(nets)
     images = sample.generate(ema, nets.tokenizer, c, cfg, seed=cfg.seed)
     samples = folder / "samples"
@@ -786,36 +778,35 @@ def sample_grid(cfg, nets, ema, folder, step, teacher_rows):
 
 # --------------------------------------------------------------------------------- ablations
 def ablate(base, nets, root, device):
-    """Tables 3 and 4 in miniature: every row with each seed, over the same networks.
+    """Tables 3, 4 and a part of 2 in miniature: every row with each seed, on the same networks.
 
     base   Config, the settings that the rows share
     root   the folder of their runs, <row>-<seed>/, and of report.jsonl and report.png
-    A row that has its score.json is kept."""
+    A run that has its score.json is not repeated."""
     n = 48 if base.smoke else 960
     scorer = evaluate.scorer(nets, n)
     rows, pictures, (c, captions) = [], [], sample.grid_conditions(nets)
     for table, row, settings, paper in ABLATIONS:
-        # Where the whole batch is compared, no row changes that. Rows equal to the base go.
+        # If the base compares the whole batch, all rows do. Rows that change nothing are left out.
         is_whole, scores = base.per_class is None, []
-        settings = {name: value for name, value in settings.items()
-                    if getattr(base, name) != value and not (is_whole and name == "per_class")}
-        if not settings and row != ABLATIONS[0][1]:
+        changes = {name: value for name, value in settings.items()
+                   if getattr(base, name) != value and not (is_whole and name == "per_class")}
+        if not changes and row != ABLATIONS[0][1]:
             continue
+        slug = "-".join(re.sub("[^a-z0-9 ]", "", row.lower()).split())
         for seed in range(base.seed, base.seed + base.ablations):
-            slug = "-".join(re.sub("[^a-z0-9 ]", "", row.lower()).split())
-            name = f"{slug}-{seed}"
-            folder = root / name
-            cfg = dataclasses.replace(base, **settings, seed=seed, name=f"{root.name}/{name}")
+            folder = root / f"{slug}-{seed}"
+            cfg = dataclasses.replace(base, **changes, seed=seed, name=f"{root.name}/{folder.name}")
             if cfg.method == "sdtt":
-                # A step of SDTT takes about four times as many passes of the teacher's network.
+                # A step of SDTT takes about four times as many passes of the teacher as one of FPD.
                 cfg.steps = max(4, cfg.steps // 4)
-            # A row that is there counts only for these settings and networks.
+            # A score is reused only with the same settings and networks.
             made_with = json.dumps(dataclasses.asdict(cfg) | dict(
                 ablations=0, prepared=prepared_folder(cfg).name))
             folder.mkdir(exist_ok=True)
             file = folder / "score.json"
             if file.exists():
-                print(f"{file} is there (delete {folder} after a change of the code)")
+                print(f"found {file} (delete {folder} after changing the code)")
             else:
                 print(f"\n{row}, seed {seed}: {folder}")
                 distil(cfg, dataclasses.replace(nets, cfg=cfg), folder, device)
@@ -830,7 +821,7 @@ def ablate(base, nets, root, device):
         run = sample.load_run(root / f"{slug}-{base.seed}", device)
         title = f"{row}  {evaluate.headline(evaluate.means(scores))}"
         pictures.append((title, sample.generate(run.student, run.tokenizer, c, run.cfg)))
-        rows.append(dict(table=table, row=row, settings=settings, paper=paper, scores=scores))
+        rows.append(dict(table=table, row=row, settings=changes, paper=paper, scores=scores))
     for steps in (1, 16):
         scores = [evaluate.score(nets, nets.teacher, steps, *scorer)]
         rows.insert(0, dict(table="", row=f"teacher {steps}", settings={}, paper=None,
@@ -844,13 +835,12 @@ def ablate(base, nets, root, device):
 
 # --------------------------------------------------------------------------------- the command
 def new_folder(cfg):
-    """runs/<name>, made here: the one to resume, or without --name the next one that is free."""
+    """Make runs/<name>, the run's folder, unless it is resumed; by default with a free name."""
     words = (cfg.dataset, "" if cfg.method == "fpd" else cfg.method, "smoke" if cfg.smoke else "")
     name = cfg.name or "-".join(filter(None, words))
-    # The rows of ablations that are there already are kept.
-    folder, goes_on = Path("runs", name), cfg.resume or cfg.ablations
-    if cfg.ablations:
-        folder = Path("runs", f"ablations-{name}")
+    folder = Path("runs", f"ablations-{name}" if cfg.ablations else name)
+    # With --ablations the folder may exist: its finished runs are kept.
+    goes_on = cfg.resume or cfg.ablations
     number = itertools.count(2)
     while folder.exists() and not (cfg.name or goes_on):
         folder = Path("runs", f"{name}-{next(number)}")
@@ -859,7 +849,8 @@ def new_folder(cfg):
 
 
 def resumed_networks(cfg):
-    """The networks in the checkpoint of the run to resume. -> `saved` of `prepare`"""
+    """The networks in the checkpoint of the run to resume, after a check of its images and of the
+    learning rate. -> `saved` of `prepare`"""
     # Not mapped into memory: Windows would then not let the run replace its checkpoint.
     checkpoint = torch.load(Path("runs", cfg.name, "checkpoint.pt"), map_location="cpu",
                             weights_only=True)
@@ -869,7 +860,7 @@ def resumed_networks(cfg):
     before = learning_rate(step, Config(**checkpoint["config"]))
     after = learning_rate(step + 1, cfg)
     if step > WARMUP and after > 1.01 * before:
-        print(f"more steps: the learning rate rises again, from {before:.1e} to {after:.1e}")
+        print(f"warning: the learning rate rises again, from {before:.1e} to {after:.1e}")
     return checkpoint["parts"]
 
 
@@ -884,15 +875,15 @@ def main():
         dist.init_process_group(timeout=datetime.timedelta(hours=2))
     changed = [f"{field.name}={getattr(cfg, field.name)}" for field in dataclasses.fields(cfg)
                if getattr(cfg, field.name) != field.default]
-    print(f"{device}, torch {torch.__version__}; settings (all: config.json): {' '.join(changed)}")
+    print(f"{device}, torch {torch.__version__}; changed settings: {' '.join(changed)}")
     if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.OFFICIAL:
-        # Measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in pieces of 8.
+        # Measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in chunks of 8.
         free = torch.cuda.mem_get_info()[0] / 1e9
         if free < (36 if cfg.dataset == "imagenet" else 54):
             cfg.lift_chunk = 8
-            print(f"{free:.0f} GB of GPU memory are free: --lift-chunk 8")
+            print(f"{free:.0f} GB of GPU memory is free: --lift-chunk 8")
 
-    # Prepare. Rank 0 does it, and the others, who wait, find its files.
+    # Prepare. Rank 0 does it; the others wait, and then read its files.
     begin = time.time()
     saved = resumed_networks(cfg) if cfg.resume else {}
     if rank:
