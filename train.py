@@ -82,14 +82,16 @@ class Config:
 
     init_mask: float = option(0.9, "r_init, the masked share of z_init; ours", "the method")
     temperature: float = option(1.0, "temperature of the draft (Eq. 4), also after training; ours")
-    draft_source: str = option("student", "tokens to refine (Table 3b): drafts or random; paper")
+    draft_source: str = option("student", "what is refined: the student's draft, or random codes "
+                               "(Table 3b); paper")
     remask: tuple = option((0.1, 0.9), "lowest and highest r of Eq. 5 (fpd.sample_ratio); ours")
     refine_guidance: float = option(2.0, "guidance of the refinement (Eq. 5), 1: none; ours")
     space: str = option("feature", "where drafts are compared (Table 4a); paper")
     blocks: tuple = option((2, 5, 8, 11), "blocks of Phi that are compared (Table 4b); paper")
     grid: int = option(4, "features are averaged to grid x grid positions (Table 4b); paper")
     bandwidths: tuple = option((0.02, 0.05, 0.2), "H of Eq. 7 (Table 4a); paper")
-    affinity: str = option("joint", "one normalisation of both forces (joint) or one of each; ours")
+    affinity: str = option("joint", "joint: one normalisation of attraction and repulsion; "
+                           "apart: each has its own; ours")
     own_pair: bool = option(False, "a draft is one of its own negatives, and its own refinement "
                             "one of its targets (Eq. 6); ours")
     per_class: int_or_none = option(32, "drafts of a class in a batch; only these are compared; 16 "
@@ -294,23 +296,20 @@ class Optimiser:
     norm of the gradient."""
     # Name endings of 2-D parameters that are lookup tables or biases, not matrices.
     TABLES = ("emb.weight", "embedding.weight", "embeddings.weight", "bias")
-    # Lowest and highest momentum. It falls from the highest value to the lowest while the learning
-    # rate rises, and rises again while that falls (the cycle of Smith and Topin 2019).
-    MOMENTUM = (0.85, 0.95)
 
     def __init__(self, network, steps, lr, weight_decay=0.0, clip=math.inf):
         self.parameters, self.clip = list(network.parameters()), clip
-        low, high = self.MOMENTUM
         matrices, others = [], []
         for name, p in network.named_parameters():
             is_matrix = p.ndim in (2, 4) and not name.endswith(self.TABLES)
             (matrices if is_matrix else others).append(p)
-        self.opts = [torch.optim.AdamW(others, lr, betas=(high, 0.95), weight_decay=weight_decay),
-                     Muon(matrices, 2 * lr, weight_decay, high)]
-        # With 10 steps or fewer the schedule would divide by 0.
+        self.opts = [torch.optim.AdamW(others, lr, betas=(0.95, 0.95), weight_decay=weight_decay),
+                     Muon(matrices, 2 * lr, weight_decay, momentum=0.95)]
+        # The momentum falls from 0.95 to 0.85 while the learning rate rises, and rises again while
+        # that falls (Smith and Topin 2019). With 10 steps or fewer this would divide by 0.
         self.scheds = [torch.optim.lr_scheduler.OneCycleLR(
             opt, opt.param_groups[0]["lr"], total_steps=max(steps + 1, 11), pct_start=0.1,
-            base_momentum=low, max_momentum=high) for opt in self.opts]
+            base_momentum=0.85, max_momentum=0.95) for opt in self.opts]
 
     def update(self, loss):
         """One step down the gradient of the loss (). RuntimeError if it is not finite."""
@@ -572,15 +571,14 @@ class Gan:
         if is_official and not cfg.smoke:
             files = {part: find_backbone(name, cfg.weights)
                      for part, name in FEATURE_NETWORKS.items()}
-            discriminator = load_discriminator(files, self.size, device)
+            self.discriminator = load_discriminator(files, self.size, device)
         else:
-            discriminator = Discriminator({"phi": nets.phi}, self.size, width=16).to(device)
+            self.discriminator = Discriminator({"phi": nets.phi}, self.size, width=16).to(device)
         self.images = tok.image_files(cfg.data) if is_official else tok.world(cfg, "train")[0]
         # As in StyleGAN-XL; the paper names no settings of its discriminator.
-        self.opt = torch.optim.Adam(discriminator.discriminators.parameters(), lr=2e-3,
+        self.opt = torch.optim.Adam(self.discriminator.discriminators.parameters(), lr=2e-3,
                                     betas=(0.0, 0.99))
-        self.discriminator = discriminator
-        self.trained = dict(discriminator=discriminator, discriminator_opt=self.opt)
+        self.trained = dict(discriminator=self.discriminator, discriminator_opt=self.opt)
 
     def real(self, n, seen):
         """n real images for the step before which the discriminator has seen `seen` drafts
@@ -860,7 +858,8 @@ def resumed_networks(cfg):
     before = learning_rate(step, Config(**checkpoint["config"]))
     after = learning_rate(step + 1, cfg)
     if step > WARMUP and after > 1.01 * before:
-        print(f"warning: the learning rate rises again, from {before:.1e} to {after:.1e}")
+        print("warning: with more --steps the learning rate rises again, "
+              f"from {before:.1e} to {after:.1e}")
     return checkpoint["parts"]
 
 
