@@ -57,7 +57,6 @@ def test_the_students_logits_get_the_gradient_of_the_auxiliarys(agree):
     student, teacher = Table(torch.randn(L, K, generator=gen(3))), Recorder(tiny(1))
     method = make_dimo(teacher, tiny(1 if agree else 2), refine_guidance=1.0 if agree else 2.0,
                        temperature=0.5)
-    method.opt.param_groups[0]["lr"] = 1.0
     before, c = copy.deepcopy(method.auxiliary), labels(6)
     loss, logs = method.step(student, c, 1, gen(), FLOAT32)
     loss.backward()
@@ -67,8 +66,6 @@ def test_the_students_logits_get_the_gradient_of_the_auxiliarys(agree):
     q = before(z_masked, c).detach()
     expected = (q.softmax(-1) - p.softmax(-1)) * masked[..., None] / masked.sum()
     expected = expected / 0.5
-    # --lr of a resumed run, in place of that of the saved state
-    assert method.opt.param_groups[0]["lr"] == method.cfg.lr
     torch.testing.assert_close(student.out.grad, expected, atol=1e-7, rtol=1e-4)
     assert loss.item() == pytest.approx(divergence(p, q)[masked].mean().item(), abs=1e-6)
     assert (student.out.grad.abs().max() < 1e-7) == agree
