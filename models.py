@@ -1,15 +1,16 @@
-"""models.py - the networks of the paper, and how their official weights are loaded.
+"""models.py - the networks of the paper, and how their public weights are loaded.
 
 MaskGIT              tokens z (B, L), labels (B,) -> logits (B, L, K): teacher and student
 MaskGen              tokens z (B, L), text c (B, rows, W) -> logits (B, L, K): the same for captions
-Words, TextEncoder   captions -> text c (B, rows, W), a pooled row, then states: our own, and CLIP's
+Words, TextEncoder   captions -> text c (B, rows, W), a pooled row and then states. Words is our
+                     own, for the scenes world; TextEncoder is CLIP's
 ConvNet, Backbone    images (B, 3, H, W) -> maps (B, D, h, w): Phi, small and large (Sec. 3.3)
 Discriminator        images -> logits (B, n), real or draft: for the optional GAN (Sec. 3.4)
 Inception            images -> features, logits: for FID and Inception Score (evaluate.py)
 
-We call our own small data sets "worlds": shapes, scenes, and folder (the user's images). MaskGIT
-and MaskGen are small there; with official weights they have the released sizes. Each load_*
-function knows these sizes and loads the official file strictly, by its key names.
+Public networks are those whose weights anybody can download. Each load_* function knows the sizes
+of one of them, and loads its file strictly, by the key names of the official code, which is the
+code of its authors. In our small worlds (see tokenizer.py) MaskGIT and MaskGen are smaller.
 """
 import math
 from collections import OrderedDict
@@ -21,17 +22,17 @@ from torch import nn
 from torch.nn.utils import spectral_norm
 
 from tokenizer import (SCENE_WORDS, load_tatitok, load_vqgan, load_weights, parse_caption,
-                       read_weights)
+                       read_weights, without_values)
 
 
-# ---------------------------------------------------------------- pretrained weights
-# Official files are expected in this folder, unless --weights names another one.
+# ---------------------------------------------------------------- weights of public networks
+# Their files are looked for in this folder, unless --weights names another one.
 WEIGHTS = "weights"
 
 
 def find_weights(folder, name, repo, filename):
     """Path of a weight file: <folder>/<name> if it exists, otherwise the file of a Hugging Face
-    repository, which is downloaded once. If both fail, the ValueError says what to put where."""
+    repository, which is downloaded once. If both fail, the ValueError says which file is needed."""
     path = Path(folder, name)
     if path.is_file():
         return path
@@ -40,7 +41,7 @@ def find_weights(folder, name, repo, filename):
     try:
         return Path(hf_hub_download(repo, filename))
     except Exception as error:
-        # There are dozens of types: offline, no such repository, disk full, ...
+        # The hub raises errors of many types: offline, no such repository, disk full, ...
         raise ValueError(f"there is no file {path}, and the Hugging Face hub cannot be reached or "
                          f"does not have it ({type(error).__name__}). Download {filename} of "
                          f"repository {repo} to this path, or name another folder with --weights"
@@ -51,7 +52,7 @@ def import_timm():
     """Import timm even if the installed torchvision does not fit torch, for example PyPI's
     torchvision beside a CPU build of torch.
 
-    The compiled part of torchvision then cannot be loaded, and its import fails because two
+    In this case the compiled part of torchvision cannot be loaded, and its import fails because two
     operators are undefined. timm and open_clip use neither, so it is enough to declare them.
     """
     try:
@@ -136,17 +137,16 @@ class MaskGIT(nn.Module):
 
 
 def load_maskgit(src, **sizes):
-    """The official MaskGIT, version 1: `pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth` of
-    llvictorll/Maskgit-pytorch on the hub. Tests replace some of the released sizes by `sizes`."""
-    # The released network has 16 heads. The default of its code is 8, and both fit the weights.
-    released = dict(K=1024, L=256, num_classes=1000, width=768, depth=24, heads=16, mlp=3072)
-    with torch.device("meta"):
-        model = MaskGIT(**released | sizes)
-    return load_weights(model, src)
+    """The public MaskGIT, version 1. src: see `load_weights`; OFFICIAL names the file. sizes: other
+    sizes, for the tests."""
+    # The public network has 16 heads. The default of the official code is 8, which also fits the
+    # weights.
+    public = dict(K=1024, L=256, num_classes=1000, width=768, depth=24, heads=16, mlp=3072)
+    return load_weights(without_values(MaskGIT, **public | sizes), src)
 
 
 def imagenet_names():
-    """The names of the 1000 classes. If two classes have the same name, their numbers are added:
+    """The names of the 1000 classes. If two classes have the same name, their numbers follow:
     "crane 134", "crane 517"."""
     import_timm()
     from timm.data import ImageNetInfo
@@ -157,14 +157,14 @@ def imagenet_names():
 
 
 # ---------------------------------------------------------------- MaskGen (Kim et al. 2025)
-# MaskGen's condition includes a score of how pleasing the image should be. The released
-# configuration samples with this one.
+# MaskGen's condition includes a score of how pleasing the image should be. This is the score with
+# which the official configuration samples.
 AESTHETIC_SCORE = 6.5
 
 
 class AdaptiveNorm(nn.Module):
-    """Computes n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates.
-    The LayerNorm to which they belong has no weights of its own; see `modulate`."""
+    """Computes n vectors (B, 1, width) from the condition (B, width): shifts, scales and gates. The
+    LayerNorm to which they belong has no weights of its own; see `modulate`."""
     def __init__(self, width, n):
         super().__init__()
         self.n = n
@@ -206,12 +206,12 @@ class JointAttention(nn.Module):
             self.to_add_out = nn.Linear(width, width)
 
     def split_heads(self, x):
-        """(B, rows, width) -> (B, heads, rows, width / heads)"""
+        """(B, rows, width) -> (B, heads, rows, width / heads)."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, text):
-        """x (B, L, width), text (B, T, width) -> the same shapes. The last projection of the text,
-        `to_add_out`, is left to JointBlock."""
+        """x (B, L, width), text (B, T, width) -> the same shapes. JointBlock applies the last
+        projection of the text, `to_add_out`."""
         L = x.shape[1]
         q = self.split_heads(torch.cat([self.to_q(x), self.add_q_proj(text)], 1))
         k = self.split_heads(torch.cat([self.to_k(x), self.add_k_proj(text)], 1))
@@ -256,8 +256,8 @@ def score_encoding(score, width):
     1000 is the official one; 10000 is more usual."""
     half = width // 2
     exponents = -math.log(1000) * torch.arange(half, device=score.device) / half
-    # exp is computed in float64, because its last bit in float32 depends on the processor, which
-    # changes angles of 650 by 4e-5.
+    # exp is computed in float64: in float32 its last bit depends on the processor, and would change
+    # angles of 650 by 4e-5.
     frequencies = exponents.double().exp().float()
     angles = 100 * score[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
@@ -329,20 +329,18 @@ class MaskGen(nn.Module):
 
 
 def load_maskgen(src, **sizes):
-    """The official MaskGen-L VQ: `model.safetensors` of turkeyju/generator_maskgen_vq_l on the hub,
-    or `maskgen_vq_l.bin` of fun-research/MaskGen. Tests replace some of the released sizes by
-    `sizes`."""
+    """The public MaskGen-L VQ. src: see `load_weights`; OFFICIAL names the file, in place of which
+    `maskgen_vq_l.bin` of fun-research/MaskGen can be read. sizes: other sizes, for the tests."""
     # The unused rows are for 1000 classes and a null class.
-    released = dict(K=8192, L=128, width=1024, depth=16, heads=16, text_width=768, T=77,
-                    score_width=256, unused_rows=1001)
+    public = dict(K=8192, L=128, width=1024, depth=16, heads=16, text_width=768, T=77,
+                  score_width=256, unused_rows=1001)
     state = dict(read_weights(src))
-    # The token table is also the output layer. A file has it under one of the names, or both.
+    # The token table is also the output layer. A file has it under one or both of the two names.
     if "lm_head.weight" in state:
         state.setdefault("embeddings.weight", state["lm_head.weight"])
-    with torch.device("meta"):
-        model = MaskGen(**released | sizes)
+    model = without_values(MaskGen, **public | sizes)
     load_weights(model, state, unused="lm_head.weight")
-    # `empty` is not in the file, so it has no values yet.
+    # `empty` is not in the file, so it does not have any values yet.
     model.empty.zero_()
     return model
 
@@ -352,8 +350,8 @@ class Words(nn.Module):
     """Text encoder for the captions of the scenes world. It learns nothing: every row is a sum of
     fixed random vectors. Each pair (word, distance of the word from the row) has its own vector.
 
-    In this way the row of "square" also contains that the square is blue and above something, like
-    CLIP's states. The small teacher trains for a few minutes, which is too short to learn this from
+    In this way the row of "square" also tells that the square is blue and above something, as the
+    states of CLIP do. The small teacher trains for a few minutes only, too short to learn this from
     words and positions alone.
 
     width   W, the width of c
@@ -367,9 +365,9 @@ class Words(nn.Module):
         self.register_buffer("vectors", vectors)
 
     def encode(self, captions):
-        """Captions, a list of str -> c (B, 1 + T, W). Row i belongs to the i-th word, row 0 to the
-        place before the first word. Rows after the last word are zero. All rows of "" are zero; it
-        means "no condition". ValueError for captions that parse_caption does not know."""
+        """Captions, a list of str -> c (B, 1 + T, W). Row i belongs to the i-th word, and row 0 to
+        the place before the first word. Rows after the last word are zero. All rows of "", which
+        means "no condition", are zero. ValueError for captions that parse_caption does not know."""
         c = self.vectors.new_zeros(len(captions), 1 + self.T, self.vectors.shape[2])
         for row, caption in zip(c, captions):
             if not caption.strip():
@@ -402,11 +400,11 @@ class TextEncoder(nn.Module):
         self.tokenizer = get_tokenizer("ViT-L-14-336-quickgelu")
         self.tower = TextTransformer(width=width, layers=depth, heads=heads, output_dim=width,
                                      act_layer=QuickGELU)
-        # OpenAI trained CLIP with QuickGELU, x sigmoid(1.702 x). Some releases of open_clip build
+        # OpenAI trained CLIP with QuickGELU, x sigmoid(1.702 x). Some versions of open_clip build
         # the network with GELU and only print a warning: every text is then slightly wrong.
-        blocks = self.tower.transformer.resblocks
-        if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks):
-            raise ValueError("this release of open_clip builds CLIP without QuickGELU")
+        if not all(isinstance(block.mlp.gelu, QuickGELU)
+                   for block in self.tower.transformer.resblocks):
+            raise ValueError("this version of open_clip builds CLIP without QuickGELU")
 
     @torch.no_grad()
     def states(self, ids):
@@ -441,8 +439,8 @@ def load_text_encoder(src):
 # ---------------------------------------------------------------- Phi of the small worlds
 class ConvNet(nn.Module):
     """A small residual classifier, which train.py trains on the classes of a world. It is used
-    twice, with different seeds and widths: as Phi, and as the "judge". This is our name for the
-    evaluation classifier, which only evaluate.py uses."""
+    twice, with different seeds and widths: as Phi, and as the judge, the evaluation classifier,
+    which only evaluate.py uses."""
     def __init__(self, num_classes=24, width=32):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
@@ -483,15 +481,15 @@ class Backbone(nn.Module):
     """The feature network Phi of Sec. 3.3, with random weights: DINOv3 ViT-B/16, or another vision
     transformer by its name in timm.
 
-    image_size   pixels per side of its input; other images are resized. The size is fixed because
-                 DINOv3 then computes its encoding of positions once, not in every pass.
+    image_size   pixels per side of its input; other images are resized. With a fixed size, DINOv3
+                 computes its encoding of positions once, not in every pass.
     """
     def __init__(self, name=BACKBONE, image_size=256):
         super().__init__()
         self.image_size = image_size
         self.net = import_timm().create_model(name, num_classes=0, img_size=image_size,
                                               dynamic_img_size=False)
-        # Its training images were normalised with these two, which are not among its weights.
+        # The mean and std of its training images, which are not among its weights.
         for key in ("mean", "std"):
             value = torch.tensor(self.net.pretrained_cfg[key]).view(1, 3, 1, 1)
             self.register_buffer(key, value, persistent=False)
@@ -500,7 +498,7 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> the raw outputs of these blocks, without the final norm
         and without class and register tokens: (B, D, image_size / patch, image_size / patch) each.
 
-        Gradients reach the images. Values outside [-1, 1] are not clamped (Sec. 3.3).
+        Gradients reach the images. Values outside [-1, 1] are not clamped.
         """
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear")
@@ -516,15 +514,15 @@ def find_backbone(name, folder):
 
 
 def load_backbone(src, image_size=256, name=BACKBONE):
-    """A vision transformer with pretrained weights. src: path or state dict, with timm's keys."""
+    """A vision transformer with public weights. src: path or state dict, with timm's keys."""
     backbone = Backbone(name, image_size)
-    # Not needed: classifiers, and constants of the position encoding, which timm computes itself.
+    # Unused are classifiers, and constants of the position encoding, which timm computes itself.
     load_weights(backbone.net, src, unused=("head.", "head_dist.", "rope."))
     return backbone.eval()
 
 
 # ---------------------------------------------------------------- the discriminator (Sec. 3.4)
-# StyleGAN-XL's feature networks, a vision transformer and a convolutional one: their timm names.
+# StyleGAN-XL's feature networks, a vision transformer and a convolutional one: their names in timm.
 FEATURE_NETWORKS = {"deit": "deit_base_distilled_patch16_224",
                     "efficientnet": "tf_efficientnet_lite0"}
 
@@ -556,7 +554,7 @@ class Projection(nn.Module):
         super().__init__()
         D = [m.shape[1] for m in maps]
         if maps[0].shape == maps[3].shape:
-            # The maps of a vision transformer have one size. They are resized to form a pyramid.
+            # A vision transformer's maps all have the same size. Resized, they form a pyramid.
             D = [D[0] // 8, D[0] // 4, D[0] // 2, D[0]]
             resize = [nn.ConvTranspose2d(D[0], D[0], 4, stride=4),
                       nn.ConvTranspose2d(D[1], D[1], 2, stride=2),
@@ -593,7 +591,8 @@ class Projection(nn.Module):
 
 def head(channels, size, width):
     """A small network with spectral norm: (B, channels, size, size) -> logits (B, 1, n, n). It
-    halves the maps until their side is about 8. If size is at least 8, n is 4 or 5."""
+    halves the maps at least once, and until their side is about 8. With the maps of StyleGAN-XL's
+    two networks n is 4 or 5."""
     halvings = max(1, round(math.log2(size / 8)))
     layers = []
     for i in range(halvings):
@@ -632,8 +631,8 @@ class Discriminator(nn.Module):
             network.eval().requires_grad_(False)
             device = next(network.parameters()).device
             with torch.no_grad():
-                maps = network.maps(torch.zeros(1, 3, image_size, image_size, device=device))
-                maps = [m.cpu() for m in maps]
+                blank = torch.zeros(1, 3, image_size, image_size, device=device)
+                maps = [m.cpu() for m in network.maps(blank)]
                 projection = Projection(maps, width)
                 mixed = projection(maps)
             heads = nn.ModuleList(head(m.shape[1], m.shape[2], width) for m in mixed)
@@ -646,14 +645,14 @@ class Discriminator(nn.Module):
             x = augment(images) if augment else images
             mixed = self.feature_networks[name](network.maps(x))
             heads = self.discriminators[name]["mini_discs"]
-            head_logits = [head(m).flatten(1) for head, m in zip(heads, mixed)]
-            logits.append(torch.cat(head_logits, 1))                    # (B, n)
+            logits.append(torch.cat([one_head(m).flatten(1)
+                                     for one_head, m in zip(heads, mixed)], 1))     # (B, n)
         return logits
 
 
 def load_discriminator(weights, image_size=256, device="cpu"):
-    """StyleGAN-XL's discriminator before its training: the feature networks are pretrained, all
-    other weights are random. weights: {"deit": path, "efficientnet": path}, or state dicts."""
+    """StyleGAN-XL's discriminator, untrained: only the feature networks have public weights, all
+    others are random. weights: {"deit": path, "efficientnet": path}, or state dicts."""
     deit = load_backbone(weights["deit"], 224, FEATURE_NETWORKS["deit"])
     efficientnet = EfficientNet()
     load_weights(efficientnet.net, weights["efficientnet"],
@@ -690,7 +689,7 @@ class Inception(nn.Module):
 
     forward(images (B, 3, H, W) uint8, path) -> features (B, 2048), logits (B, 1008)
     The logits lack their bias, because the original Inception Score and torch-fidelity ignore it.
-    The path is one of two ways to resize the images, which give different scores:
+    `path` is one of two ways to resize the images, which give different scores:
     "pytorch-fid"   torch's bilinear resize to 299 x 299, scaled to [-1, 1]
     "legacy"        TensorFlow 1's resize and scaling, as in torch-fidelity, Di[M]O and the ADM
                     references
@@ -707,8 +706,7 @@ class Inception(nn.Module):
                              "bits is part of the score")
         x = images.to(self.net.fc.weight.device).float()
         if path == "pytorch-fid":
-            x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
-            x = 2 * x - 1
+            x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
         else:
             x = (resize_tensorflow1(x, 299) - 128) / 128
         # TF32, the default of a GPU for convolutions, rounds to 10 bits, which changes the score.
@@ -721,7 +719,7 @@ class Inception(nn.Module):
                     continue
                 # The block has parallel branches, of which the last one begins with pooling.
                 if name == "Mixed_7c":
-                    # In its last block the original takes the maximum by mistake, and so does FID.
+                    # Google's network takes the maximum in its last block, by mistake; so does FID.
                     pooled = F.max_pool2d(x, 3, stride=1, padding=1)
                 else:
                     # TensorFlow does not count the padding in the average, but timm does.
@@ -734,7 +732,7 @@ class Inception(nn.Module):
 
 
 def load_inception(src):
-    """The Inception network of FID. The files of pytorch-fid and torch-fidelity are equal."""
+    """The Inception network of FID. pytorch-fid and torch-fidelity use the same weights."""
     inception = Inception()
     load_weights(inception.net, src)
     return inception.eval()
@@ -753,11 +751,11 @@ OFFICIAL = {
         "teacher": ("turkeyju/generator_maskgen_vq_l", "model.safetensors", load_maskgen),
         "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors",
                  load_text_encoder)}}
-# How the public teachers are sampled. The guidance s grows to this value during sampling, and the
-# Gumbel noise falls from this value to 0. The guided logits are u + s (c - u), where c has the
-# condition and u does not, so s = 1 means no guidance.
+# How the public teachers are sampled. During sampling, the guidance s grows to sample_guidance, and
+# the Gumbel noise falls from confidence_noise to 0. The guided logits are uncond + s (cond -
+# uncond), so s = 1 means no guidance.
 # MaskGIT: the settings of Di[M]O's code, whose w = 3 is our 4 and whose r_temp is our noise.
-# MaskGen: its authors' configuration, whose guidance 12 is our 13.
+# MaskGen: the official configuration, whose guidance 12 is our 13.
 PUBLIC = {"imagenet": dict(sample_guidance=4.0, confidence_noise=4.5),
           "laion": dict(sample_guidance=13.0, confidence_noise=2.0)}
 # The public MaskGen draws these prompts if none are given.

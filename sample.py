@@ -1,9 +1,8 @@
-"""sample.py - a trained run, read from disk, and images out of it: the student in one step (Eq. 4),
-the teacher in T.
+"""sample.py - images from a trained run: the student in one step (Eq. 4), the teacher in T steps.
 
-    python sample.py --class "red circle"               the newest run, or else tests/student.pt
-    python sample.py --class 207                        of a run of imagenet, by number or name
-    python sample.py --prompt "two red circles"         of a run with captions: scenes, laion
+    python sample.py --class "red circle"               the newest run; without one tests/student.pt
+    python sample.py --class 207                        a run of imagenet: class by number or name
+    python sample.py --prompt "two red circles"         a run with captions: scenes, laion
     python sample.py --class 207 --teacher --steps 16   the teacher of the run
     python sample.py --dataset imagenet --class 207     the public teacher, no run needed
 
@@ -44,20 +43,20 @@ NETWORKS = {cls.__name__: cls for cls in (VQGAN, TATiTok, MaskGIT, MaskGen, Conv
 # ---------------------------------------------------------------- networks and runs from disk
 @dataclasses.dataclass
 class Networks:
-    """The networks of a run, frozen, and what belongs to them. None: it does not have this one."""
+    """The networks of a run, frozen, and what belongs to them. None: the run does not have it."""
     tokenizer: nn.Module = None
     teacher: nn.Module = None         # not in student.pt
     student: nn.Module = None         # the mean of its weights (EMA)
-    phi: nn.Module = None             # not among the public networks
-    judge: nn.Module = None           # the evaluation classifier; of classes of a small world
+    phi: nn.Module = None             # not loaded by load_official
+    judge: nn.Module = None           # the evaluation classifier of shapes and folder
     text: nn.Module = None            # the text encoder; None means that the conditions are labels
-    names: list = None                # of the classes; with captions, those of the example grids
-    captions: list = None             # to train with
-    cfg: object = None                # the settings of the run, as of train.Config
-    step: int = None                  # how many steps the student was trained
+    names: list = None                # class names, or the captions of the example grids
+    captions: list = None             # captions to train with; None for labels
+    cfg: object = None                # the settings of the run; see train.Config
+    step: int = None                  # number of steps that the student was trained
     path: Path = None                 # the checkpoint file
-    images: str = ""                  # tokenizer.fingerprint of the images it was trained on
-    saved: dict = dataclasses.field(default_factory=dict)    # network -> dict as of load_network
+    images: str = ""                  # the fingerprint of the training images, a text
+    saved: dict = dataclasses.field(default_factory=dict)    # network -> dict; see load_network
 
 
 def load_network(saved, device):
@@ -74,9 +73,9 @@ def set_text(text, model):
 
 
 def load_networks(saved, device):
-    """{field of Networks: dict as of load_network} -> Networks."""
-    networks = {name: load_network(part, device) for name, part in saved.items()}
-    nets = Networks(saved=saved, **networks)
+    """{field of Networks: dict that load_network takes} -> Networks."""
+    nets = Networks(saved=saved, **{name: load_network(part, device)
+                                    for name, part in saved.items()})
     set_text(nets.text, nets.teacher or nets.student)
     return nets
 
@@ -85,16 +84,14 @@ def load_official(dataset, folder, device):
     """The public networks, from a folder of their files or from the hub -> Networks."""
     networks = {}
     for part, (repo, file, load) in OFFICIAL[dataset].items():
-        name = Path(file).name
-        if name.endswith(".safetensors"):
-            # The hub's repositories all give that file the same name.
-            name = f"{repo.split('/')[1]}.safetensors"
+        # All repositories of the hub give a safetensors file the same name.
+        name = (f"{repo.split('/')[1]}.safetensors" if file.endswith(".safetensors")
+                else Path(file).name)
         path = find_weights(folder, name, repo, file)
         print(f"loading {part} from {path}", flush=True)
         networks[part] = load(path).to(device)
-    names = imagenet_names() if dataset == "imagenet" else PROMPTS
-    nets = Networks(names=names, **networks)
-    # No image is encoded. This saves 0.8 GB of TA-TiTok.
+    nets = Networks(names=imagenet_names() if dataset == "imagenet" else PROMPTS, **networks)
+    # Images are never encoded with these networks. Without TA-TiTok's encoder 0.8 GB are saved.
     nets.tokenizer.encoder = None
     set_text(nets.text, nets.teacher)
     return nets
@@ -111,7 +108,7 @@ def newest_run(default=None):
 def load_run(path, device, weights=None):
     """A run's folder, its checkpoint or its student.pt -> Networks.
 
-    weights   the folder of official files; None: the one that the run was trained with
+    weights   folder of the public networks' files; None: the one that the run was trained with
     """
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -129,37 +126,38 @@ def load_run(path, device, weights=None):
 
 
 def save(path, content):
-    """torch.save that neither a kill nor a full disk can leave half done."""
+    """torch.save, but a kill or a full disk leaves the old file as it was."""
     new = path.with_suffix(".tmp")
     torch.save(content, new)
     os.replace(new, path)
 
 
 def save_student(folder):
-    """student.pt: of a checkpoint, only what sample.py needs to draw, as float16."""
+    """student.pt: the part of a checkpoint that sample.py needs to draw, in float16."""
     saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     parts = {part: x for part, x in saved["parts"].items() if part in ("tokenizer", "text")}
     parts["student"] = saved["parts"]["teacher"] | dict(state=saved["ema"])
     for part, x in parts.items():
         parts[part] = x | dict(state={key: value.half() for key, value in x["state"].items()})
-    kept = {key: saved[key] for key in ("step", "config", "names", "images")}
-    save(folder / "student.pt", kept | dict(parts=parts))
+    others = {key: saved[key] for key in ("step", "config", "names", "images")}
+    save(folder / "student.pt", others | dict(parts=parts))
 
 
 def network_arguments(parser):
-    """The flags that say which networks; shared with evaluate.py."""
+    """The flags that choose the networks. evaluate.py has them, too."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", help="runs/<name>, or the file of a checkpoint (default: the "
-                        "newest run; sample.py: or else tests/student.pt)")
-    source.add_argument("--dataset", choices=list(OFFICIAL), help="the public teacher of this data "
-                        "set, in place of a run")
-    parser.add_argument("--weights", metavar="DIR", help="folder of official files (default: that "
-                        f"of the run, or {WEIGHTS}/); files that are not there come from the hub")
+                        "newest run; if there is none, sample.py takes tests/student.pt)")
+    source.add_argument("--dataset", choices=list(OFFICIAL), help="use the public teacher of this "
+                        "data set, not a run")
+    parser.add_argument("--weights", metavar="DIR", help="folder of the public networks' files "
+                        f"(default: the run's, or {WEIGHTS}/); all but Inception's are downloaded "
+                        "where they are missing")
 
 
 def chosen_networks(args, device, default=None):
-    """What the flags of `network_arguments` say, else the newest run, else the file `default`
-    -> Networks; with --dataset it has no student, step and path."""
+    """The networks that the flags of `network_arguments` name; without flags those of the newest
+    run, or of the file `default`. -> Networks; with --dataset no student, step or path"""
     if args.dataset:
         print(f"no run: the public networks of {args.dataset}")
         nets = load_official(args.dataset, args.weights or WEIGHTS, device)
@@ -172,7 +170,7 @@ def chosen_networks(args, device, default=None):
 
 # ---------------------------------------------------------------- images
 def draw_tokens(model, c, generator, cfg, steps=None):
-    """The teacher's sample in `steps` steps, or, where steps is None, the student's draft.
+    """The teacher's sample in `steps` steps or, if steps is None, the student's draft.
 
     c: the condition of B images -> z (B, L)
     """
@@ -190,8 +188,8 @@ def decode(tokenizer, z, c):
 def batches(model, tokenizer, c, cfg, steps=None, seed=0, batch=60, progress=None):
     """Images for the conditions c (N, ...), one batch after the other.
 
-    steps       of the teacher; None: the student's single pass
-    progress    title of the progress bar, or None for no bar
+    steps       number of steps of the teacher; None: the student's single pass
+    progress    title of the progress bar; None: no bar
     yields      z (B, L), images (B, 3, H, W) uint8 on the CPU, and the seconds that both took
     """
     device = tokenizer.E.device
@@ -214,8 +212,8 @@ def generate(*args, **kwargs):
 def grid_conditions(nets):
     """The conditions of every example grid, always the same -> c (n, ...), n captions.
 
-    With captions they are all that the run keeps. Of up to 12 classes each occurs once, of more
-    classes 12 occur, of ImageNet's 8.
+    With captions these are all of nets.names. Up to 12 classes occur once each; of more classes 12
+    are chosen, and 8 of ImageNet's.
     """
     if nets.text is not None:
         return nets.text.encode(nets.names), nets.names
@@ -223,11 +221,11 @@ def grid_conditions(nets):
     n = min(12, n_classes)
     c = torch.arange(n) * n_classes // n
     if n_classes >= 24:
-        # In the order of the shapes world each class is 0 or 2 modulo 4, a circle or a triangle.
-        # Moving every other pair by one brings in the squares and the crosses.
+        # In the shapes world, all even labels are circles or triangles. With 1 added to every other
+        # pair of labels, squares and crosses occur as well.
         c = c + torch.arange(n) // 2 % 2
     if n_classes == 1000:
-        # ImageNet's classes that papers show: golden retriever, otter, lesser panda, geyser, ...
+        # Classes that papers often show: golden retriever, otter, lesser panda, geyser, ...
         c = torch.tensor([207, 360, 387, 974, 88, 979, 417, 279])
     return c, [nets.names[i] for i in c]
 
@@ -262,9 +260,9 @@ def image_grid(rows, captions):
 def step_grid(nets, student, cfg):
     """What fpd.fpd_step does to six drafts -> PIL image.
 
-    Its rows: the drafts (Eq. 4); the same with the positions white that are masked at r = 0.5 (not
-    for TA-TiTok, whose tokens have no place in the image); what the teacher makes of the rest
-    (Eq. 5); the last two again for r = 0.85.
+    The first row has the drafts (Eq. 4). The next one has the same drafts with the positions that
+    are masked at r = 0.5 in white; TA-TiTok has no such row, because its tokens belong to no place
+    in the image. The third has the refinements (Eq. 5). Two more rows show the same for r = 0.85.
     """
     c, captions = grid_conditions(nets)
     c = c[:6].to(nets.tokenizer.E.device)
@@ -286,9 +284,10 @@ def step_grid(nets, student, cfg):
 
 # ---------------------------------------------------------------- the command
 def class_index(text, names):
-    """"207" or "red circle" -> label. Names go first: folders are often called 1, 2 or 01, 02."""
+    """"207" or "red circle" -> label. A name has priority over a number, because folders are often
+    called 1, 2 or 01, 02."""
     def plain(name):
-        # Zeros in front do not count (01). Letters with accents have two spellings in Unicode.
+        # Leading zeros do not count (01). Letters with accents have two spellings in Unicode.
         return unicodedata.normalize("NFC", name).lstrip("0")
 
     found = [name for name in names if plain(name) == plain(text)]
@@ -297,20 +296,18 @@ def class_index(text, names):
     if text.isdecimal() and int(text) < len(names):
         return int(text)
     alike = [name for name in names if text in name] or names
-    some = ", ".join(alike[:6]) + (", ..." if len(alike) > 6 else "")
     raise ValueError(
         f"--class {text!r} is not a class of this run: use 0 to {len(names) - 1}, or a name "
-        f"({some}). ImageNet's 1,000 classes: sample.py --dataset imagenet --class 207 (the public "
-        "teacher, downloads 3 GB), or a run of train.py --dataset imagenet")
+        f"({', '.join(alike[:6])}{', ...' if len(alike) > 6 else ''}). ImageNet's 1,000 classes: "
+        "sample.py --dataset imagenet --class 207 (the public teacher, downloads 3 GB), or a run "
+        "of train.py --dataset imagenet")
 
 
 def conditions(nets, label, prompt, n):
-    """The condition that --class or --prompt names, n times; without them, all that the run knows
-    in turn. -> c (n, ...), how to call it"""
-    if label is not None and nets.text is not None:
-        raise ValueError("this run draws captions: use --prompt")
-    if prompt is not None and nets.text is None:
-        raise ValueError("this run draws classes: use --class")
+    """The condition of --class or --prompt, n times; without them, all classes or example captions
+    in turn. -> c (n, ...), its description"""
+    if (prompt if nets.text is None else label) is not None:
+        raise ValueError("use --class for a run with classes, and --prompt for one with captions")
     if prompt is not None:
         return nets.text.encode([prompt] * n), repr(prompt)
     if nets.text is not None:
@@ -341,26 +338,24 @@ def run_command(main):
 
 def parse():
     parser = argparse.ArgumentParser(
-        description="Sample images from a distilled student or from its teacher.",
-        allow_abbrev=False)
+        description="Sample images from a student or from its teacher.", allow_abbrev=False)
     wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument("--class", dest="label",
-                        help="class number or name (default: all classes in turn)")
-    wanted.add_argument("--prompt", help="what to draw, for a run with captions (default: the "
-                        "captions of its example grids in turn)")
-    parser.add_argument("--n", type=int, default=16, help="how many images (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
+    wanted.add_argument("--class", dest="label", help="class number or name (default: all in turn)")
+    wanted.add_argument("--prompt", help="caption, for a run with captions (default: those "
+                        "of its example grids in turn)")
+    parser.add_argument("--n", type=int, default=16, help="number of images (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--out", default="sample.png", help="PNG file (default: sample.png)")
     parser.add_argument("--teacher", action="store_true",
-                        help="the teacher in many steps, in place of the student in one")
-    parser.add_argument("--steps", type=int, help="steps of the teacher (default: 16)")
+                        help="draw with the teacher in many steps, not with the student in one")
+    parser.add_argument("--steps", type=int, help="number of steps of the teacher (default: 16)")
     network_arguments(parser)
     args = parser.parse_args()
     if not args.out.endswith(".png"):
-        # Other formats hold no large grids, which would be found out after the drawing.
-        parser.error("--out should end in .png")
+        # Some formats cannot hold a large grid, which would be noticed only after the sampling.
+        parser.error("--out has to end in .png")
     if args.steps is not None and (args.steps < 1 or not (args.teacher or args.dataset)):
-        parser.error("--steps is 1 or more, and goes with --teacher: a student takes one step")
+        parser.error("--steps has to be 1 or more, and needs --teacher: a student takes one step")
     return args
 
 
@@ -374,7 +369,7 @@ def main():
         steps = args.steps or 16
         model, who = nets.teacher, f"teacher, {steps} steps"
     if model is None:
-        raise ValueError(f"{nets.path} holds a student alone")
+        raise ValueError(f"{nets.path} contains the student alone")
 
     # Draw the images.
     c, what = conditions(nets, args.label, args.prompt, args.n)

@@ -6,11 +6,11 @@ turn images into tokens and back, VQGAN and TA-TiTok.
                                                |                        E[z] (B, L, d), rows of
                                                |                        the codebook
                                                +------------ decode <-----------+
-                                                 (fpd.py's straight-through embeddings enter here)
+In training, fpd.py gives decode its straight-through embeddings in place of E[z].
 
 We call our own small data sets "worlds": shapes and scenes are drawn here, folder is the user's
-images. Images are float in [-1, 1] between functions; data sets are kept as uint8 to save memory.
-This file imports none of our files. All pretrained weights are read by its last section.
+images. The networks take and return float images in [-1, 1]; data sets, files and scores use uint8.
+This file imports none of our files. Its last section reads the weights of all public networks.
 
     B images in the batch   L tokens per image (VQGAN: P x P)   K codes   d width of a code
 """
@@ -41,13 +41,13 @@ SHAPES = ("circle", "square", "triangle", "cross")
 
 
 def shapes_names():
-    """The 24 class names, "red circle" ... "magenta cross"; the position is the label."""
+    """The 24 class names, "red circle" ... "magenta cross"; the label is the index in this list."""
     return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def signed_distance(shape, x, y):
-    """Signed distance (B, H, W), negative inside, from points x, y (B, H, W) to shapes of size
-    about 1. shape (B,) is an index into SHAPES; x and y are in units of the shape's size."""
+    """Signed distance (B, H, W) of points x, y (B, H, W) from shapes of radius about 1, negative
+    inside. shape (B,) is an index into SHAPES; x and y are in units of the shape's radius."""
     def box(a, b):
         return torch.maximum(x.abs() - a, y.abs() - b)
 
@@ -90,7 +90,7 @@ def between(low, high, shape, generator):
 
 
 def shapes(labels, seed, size=32):
-    """Render the shapes world: in each image one object, on a plain grey background.
+    """Render the shapes world: one object per image, on a plain grey background.
 
     labels (N,)   long, index into shapes_names()
     seed          equal labels and seed give equal images
@@ -149,8 +149,8 @@ def parse_caption(text):
     tag        one of TAGS
     objects    list of 1 to 4 pairs (colour, shape); colour is None if the caption does not name it
     relation   where the first object is, relative to the second: a key of RELATIONS, or None
-    ValueError if the text is no such caption. It names the first unknown word; if all words are
-    known, it names the text.
+    If the text is no such caption, a ValueError names the first unknown word or, if all words are
+    known, the text.
     """
     words = text.lower().split()
     sentence = " ".join(words)
@@ -181,12 +181,12 @@ def scene_captions(n, seed):
     for i in range(n):
         shape, shape2 = rng.sample(SHAPES, 2)
         colour, colour2 = rng.sample(list(COLOURS), 2)
-        number = rng.choice(list(COUNTS))
-        plural = rng.choice(list(PLURALS))
-        relation = rng.choice(list(RELATIONS))
         kind = KINDS[TAGS[i % len(TAGS)]]
-        captions.append(kind.format(shape=shape, shape2=shape2, colour=colour, colour2=colour2,
-                                    number=number, plural=plural, relation=relation))
+        # Every field is drawn, also if the kind does not have it.
+        captions.append(kind.format(
+            shape=shape, shape2=shape2, colour=colour, colour2=colour2,
+            number=rng.choice(list(COUNTS)), plural=rng.choice(list(PLURALS)),
+            relation=rng.choice(list(RELATIONS))))
     return captions
 
 
@@ -195,9 +195,9 @@ def scenes(captions, seed, size=32):
 
     captions   list of N str
     seed       equal captions and seed give equal images
-    Positions, sizes, angles, hues and the background vary from image to image. Where a caption does
+    Positions, sizes, angles, hues and the background vary from image to image. If a caption does
     not name colours, or which object is on the left, these vary as well. Objects never touch.
-    returns (N, 3, size, size) uint8. ValueError for captions that parse_caption does not know
+    returns (N, 3, size, size) uint8. ValueError for captions that parse_caption does not know.
     """
     generator = torch.Generator().manual_seed(seed)
     palette = torch.tensor(list(COLOURS.values()))
@@ -237,7 +237,7 @@ def scenes(captions, seed, size=32):
 
 def read_captions(path):
     """A text file with one caption per line -> list of str, without empty lines."""
-    # str.splitlines would also end a line at rare characters that captions from the web contain.
+    # str.splitlines would also split at rare characters that captions from the web contain.
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     return [line.strip() for line in lines if line.strip()]
 
@@ -247,10 +247,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def read_image(path, size=None):
-    """Any image file -> (3, H, W) uint8, EXIF turns applied, on white where it is transparent.
+    """Any image file -> (3, H, W) uint8, rotated as its EXIF data say, and white where transparent.
 
-    size    None, or pixels per side: the centre square of the image, scaled to it
-    ValueError for a damaged file, and for more than 8 bits per channel
+    size    pixels per side, to which the centre square of the image is scaled; None: no change
+    ValueError for a damaged file, and for more than 8 bits per channel.
     """
     try:
         with Image.open(path) as image:
@@ -273,9 +273,9 @@ def read_image(path, size=None):
 def image_files(folder):
     """All images in a folder, at any depth -> sorted list of paths.
 
-    Names that begin with a dot are left out, of files and of folders: ._x.png, .ipynb_checkpoints.
-    The folder itself may be a link. Links to folders below it are not followed, because one that
-    leads back up would list every image many times.
+    Files and folders whose names begin with a dot (._x.png, .ipynb_checkpoints) are left out. The
+    folder itself may be a link. Links to folders below it are not followed, because a link back to
+    a folder above would list every image many times.
     """
     paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES
@@ -289,25 +289,25 @@ def image_files(folder):
 def folder(data, size=32):
     """The user's own images: each subfolder of `data` is a class.
 
-    The folder is read once in a process, and everything uses what was read then: a change that is
-    made while a network trains has no effect. Do not write into the result.
-    returns   images (N, 3, size, size) uint8, the centre square of each; labels (N,) long; the
-              names of the classes; a fingerprint, the SHA-256 of images, labels and names
-    ValueError for a class with fewer than 3 images: one to train on, two for the test
+    The folder is read once per process, so that changes made while a network trains have no effect.
+    Do not write into the result.
+    returns   images (N, 3, size, size) uint8, centre squares; labels (N,) long; the names of the
+              classes; a fingerprint, the SHA-256 of images, labels and names
+    ValueError for a class with fewer than 3 images: one to train on, two for the test.
     """
-    # The folder runs/ in which this command writes may lie beside the classes.
+    # If the command is run in this folder, its own folder runs/ is not a class.
     places = [place for place in sorted(Path(data).iterdir()) if place.is_dir()
               and not place.name.startswith(".") and place.resolve() != Path("runs").resolve()]
     classes = {place.name: image_files(place) for place in places}
     counts = {name: len(files) for name, files in classes.items()}
     if len(counts) < 2 or min(counts.values()) < 3:
-        raise ValueError(f"--data {data} should have at least 2 subfolders, one for each class, of "
-                         f"at least 3 images, one to train on and two for the test; has {counts}")
+        raise ValueError(f"--data {data} needs at least 2 subfolders, one per class, with at least "
+                         f"3 images each, one to train on and two for the test; it has {counts}")
     names, n = list(classes), sum(counts.values())
     others = sum(len(found) for place in places for _, _, found in os.walk(place)) - n
     print(f"{data}: {n} images in {len(names)} classes ({', '.join(names[:8])}"
-          f"{', ...' if len(names) > 8 else ''}), of each the centre square at {size} x {size} "
-          f"pixels; {others} other files left out")
+          f"{', ...' if len(names) > 8 else ''}), centre squares at {size} x {size} pixels; "
+          f"{others} other files ignored")
     bar = tqdm(sum(classes.values(), []), "reading images", leave=False)
     images = torch.stack([read_image(path, size) for path in bar])
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor(list(counts.values())))
@@ -316,16 +316,16 @@ def folder(data, size=32):
 
 
 def fingerprint(cfg):
-    """A text that differs for other images: of a folder its fingerprint, and "" for the other data
-    sets, whose images are drawn by this file or are not needed."""
+    """The fingerprint of the user's own images, a text. It is "" for all other data sets: their
+    images are drawn by this file, or no images are needed."""
     return folder(cfg.data)[3] if cfg.dataset == "folder" else ""
 
 
 def split_folder(labels):
-    """Which images of a folder are trained on, and which are kept for the test.
+    """Which images of a folder are trained on, and which are held out.
 
-    Of the n images of a class, n / 10 but at least 2, evenly spaced, are kept. One half of them is
-    the reference of every score; the other half stands for what a perfect model would draw.
+    A tenth of each class, but at least 2 images, is held out, evenly spaced. One half of it is the
+    reference of every score, the other half stands for what a perfect model would draw.
     labels (N,) long   returns dict of indices (long): "train", "test" (the reference), "real"
     """
     generator = torch.Generator().manual_seed(0)
@@ -333,19 +333,19 @@ def split_folder(labels):
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
         n, m = len(own), max(2, len(own) // 10)
-        kept = ((torch.arange(m) + 0.5) * n / m).long()                           # (m,) of 0..n-1
-        train.append(own[~torch.isin(torch.arange(n), kept)])
-        # Shuffled, because file names are often in the order of time.
-        kept = own[kept[torch.randperm(m, generator=generator)]]
-        test.append(kept[m // 2:])
-        real.append(kept[:m // 2])
+        held_out = ((torch.arange(m) + 0.5) * n / m).long()                       # (m,) of 0..n-1
+        train.append(own[~torch.isin(torch.arange(n), held_out)])
+        # They are shuffled, because file names often follow the order of time.
+        held_out = own[held_out[torch.randperm(m, generator=generator)]]
+        test.append(held_out[m // 2:])
+        real.append(held_out[:m // 2])
     return dict(train=torch.cat(train), test=interleaved(test), real=interleaved(real))
 
 
 def interleaved(groups):
-    """The indices of several classes, list of (m,) -> (M,), ordered such that in every stretch the
-    classes have about the same shares as in the whole."""
-    # Sorted by these keys, the m indices of a class are spread evenly over the whole.
+    """The indices of several classes, list of (m,) -> (M,), in an order in which every stretch has
+    about the same share of each class as the whole."""
+    # In the order of these keys, the m indices of a class are spread evenly over the whole.
     keys = torch.cat([(torch.arange(len(group)) + 0.5) / len(group) for group in groups])
     return torch.cat(groups)[keys.argsort(stable=True)]
 
@@ -356,10 +356,10 @@ def world(cfg, split):
     or "folder", which lies in cfg.data.
 
     split     "train"; "phi" and "judge", for the two classifiers; "test", the reference of every
-              score; "real", images that are scored like a model's. In shapes and scenes each has a
-              seed of its own; of a folder see `split_folder`, and "phi" and "judge" are "train"
-    returns   images (N, 3, 32, 32) uint8, conditions, names. The conditions are labels (N,); for
-              scenes, a list of N captions, and the names are two captions of each kind
+              score; "real", images that are scored like a model's. In shapes and scenes each split
+              has its own seed. `split_folder` divides a folder; its "phi" and "judge" are "train".
+    returns   images (N, 3, 32, 32) uint8; conditions: labels (N,), or for scenes a list of N
+              captions; names: the class names, or for scenes two example captions of each kind
     """
     if cfg.dataset == "folder":
         images, labels, names, _ = folder(cfg.data)
@@ -368,12 +368,12 @@ def world(cfg, split):
     seed = {"train": 0, "phi": 1, "judge": 2, "test": 3, "real": 4}[split]
     n = 480 if cfg.smoke else dict(test=2400, real=960).get(split, 12_000)
     if cfg.dataset == "scenes":
-        # "real" has other images of the captions of the test.
+        # "real" has the captions of "test", with other images.
         captions = scene_captions(n, 3 if split == "real" else seed)
-        # The names do not depend on the split: they are the first captions of the test.
+        # The names do not depend on the split. They are the first captions of "test".
         return scenes(captions, seed), captions, scene_captions(12, seed=3)
     if cfg.dataset != "shapes":
-        raise ValueError(f"{cfg.dataset} has no images of ours")
+        raise ValueError(f"{cfg.dataset} has no images here: it is not a small world")
     labels = torch.arange(n) % len(shapes_names())
     return shapes(labels, seed), labels, shapes_names()
 
@@ -385,14 +385,14 @@ def to_float(images):
 
 def to_uint8(images):
     """Float in [-1, 1] -> uint8; values outside are clipped."""
-    # The official MaskGIT rounds so: + 128, then the fraction is cut off.
+    # The official MaskGIT rounds in this way: + 128, then the fraction is cut off.
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 # -------------------------------------------------------------------- VQGAN (Esser et al. 2021)
-# The network of taming-transformers, with its key names, so that the official f16-1024 checkpoint
+# The network of taming-transformers, with its key names, so that the public f16-1024 checkpoint
 # loads strictly. The small worlds train the same class with fewer channels. Level 0 has the finest
-# resolution. The eps of the group norms is the official one, 1e-6, not torch's default.
+# resolution. The eps of the group norms is the official 1e-6, not torch's default.
 class ResBlock(nn.Module):
     """x + two convolutions of x. A norm and a SiLU come before each convolution."""
     def __init__(self, c_in, c_out, groups):
@@ -401,15 +401,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)
-        return y + x
+        return y + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -425,9 +422,8 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         y = self.norm(x)
-        q = self.q(y).flatten(2).transpose(1, 2)                                  # (B, HW, C)
-        k = self.k(y).flatten(2).transpose(1, 2)
-        v = self.v(y).flatten(2).transpose(1, 2)
+        # q, k, v (B, HW, C)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
         # The dot products are scaled by C^-0.5.
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(y.transpose(1, 2).reshape(B, C, H, W))
@@ -478,8 +474,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
             level = Level(widths[i], widths[i + 1], blocks, i in attn_levels, groups)
-            if i < len(ch_mult) - 1:
-                level.downsample = Resample(widths[i + 1], up=False)
+            is_last = i == len(ch_mult) - 1
+            level.downsample = nn.Identity() if is_last else Resample(widths[i + 1], up=False)
             self.down.append(level)
         self.mid = middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -487,10 +483,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            x = level(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
+        for level in self.down:
+            x = level.downsample(level(x))
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -499,25 +493,22 @@ class Decoder(nn.Module):
     in the encoder."""
     def __init__(self, ch, ch_mult, blocks, attn_levels, z_channels, groups):
         super().__init__()
-        # Level i goes from widths[i + 1] channels, as many as level i + 1 has, to widths[i].
+        # Level i goes from widths[i + 1] channels to widths[i].
         widths = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
             level = Level(widths[i + 1], widths[i], blocks + 1, i in attn_levels, groups)
-            if i > 0:
-                level.upsample = Resample(widths[i], up=True)
+            level.upsample = Resample(widths[i], up=True) if i > 0 else nn.Identity()
             self.up.append(level)
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x):
         x = self.mid(self.conv_in(x))
-        for i, level in reversed(list(enumerate(self.up))):
-            x = level(x)
-            if i > 0:
-                x = level.upsample(x)
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -528,8 +519,8 @@ class VQGAN(nn.Module):
     ch, ch_mult   level i has ch * ch_mult[i] channels
     blocks        residual blocks per encoder level
     attn_levels   levels with attention
-    groups        groups of the group norms. With the official 32, a group of the small network
-                  would have one channel or less, which erases brightness.
+    groups        number of groups of the group norms. With the official 32, a group of the small
+                  network would have one channel or less, which erases brightness.
     l2norm        encoder outputs and codes have length 1 (ViT-VQGAN, Yu et al. 2022)
     .E (K, d) the codebook   .L tokens per image
     """
@@ -570,7 +561,7 @@ class VQGAN(nn.Module):
 
     def decode(self, e, c=None):
         """Code embeddings (B, L, d) -> images (B, 3, H, W), about [-1, 1], not clamped. c is not
-        used; it is here because TA-TiTok's decode needs the condition."""
+        used: it is an argument because TA-TiTok's decode needs the condition."""
         B, L, d = e.shape
         P = math.isqrt(L)
         return self.decoder(self.post_quant_conv(e.transpose(1, 2).reshape(B, d, P, P)))
@@ -582,7 +573,7 @@ def reseed_codes(vq, e, z, usage, everything=False):
 
     e            (N, d) encoder outputs;   z (N,) their codes
     usage        (K,) decayed counts, changed in place like the codebook
-    everything   at the start: all codes are placed by k-means
+    everything   True at the start: all codes are placed by k-means
     """
     codes = vq.quantize.embedding.weight                                        # (K, d)
     if everything:
@@ -602,19 +593,17 @@ def reseed_codes(vq, e, z, usage, everything=False):
 
 
 def load_vqgan(src, **sizes):
-    """The official VQGAN f16-1024: pretrained_maskgit/VQGAN/last.ckpt of llvictorll/Maskgit-pytorch
-    on the hub, without the networks of its loss. Tests replace some of the sizes by `sizes`."""
-    released = dict(K=1024, d=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2, attn_levels=(4,),
-                    z_channels=256, groups=32, image_size=256)
-    with torch.device("meta"):
-        model = VQGAN(**released | sizes)
-    return load_weights(model, src, unused="loss.")
+    """The public VQGAN f16-1024, without the networks of its loss. src: see `load_weights`;
+    models.OFFICIAL names the file. sizes: other sizes, for the tests."""
+    public = dict(K=1024, d=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2, attn_levels=(4,),
+                  z_channels=256, groups=32, image_size=256)
+    return load_weights(without_values(VQGAN, **public | sizes), src, unused="loss.")
 
 
 # -------------------------------------------------------------------- TA-TiTok (Kim et al. 2025)
 # The tokenizer of MaskGen, with its official key names: two vision transformers, and L tokens that
-# belong to no position in the image. The decoder also reads the text. The official images are in
-# [0, 1]; embed and decode convert from and to our [-1, 1].
+# belong to no position in the image. The decoder also reads the text. The official code has images
+# in [0, 1]; embed and decode convert from and to our [-1, 1].
 class ViTBlock(nn.Module):
     """Transformer block with a LayerNorm before the attention and before the MLP."""
     def __init__(self, width, heads):
@@ -633,12 +622,12 @@ class ViTBlock(nn.Module):
 
 
 def random_rows(n, width):
-    """A parameter (n, width): a position embedding, or tokens that are learned."""
+    """A parameter (n, width), for a position embedding or for learned tokens."""
     return nn.Parameter(torch.randn(n, width) * width ** -0.5)
 
 
 class ViT(nn.Module):
-    """The transformer of the encoder and of the decoder. Its sequence: a class token, the patches
+    """The transformer of the encoder and of the decoder. Its sequence is a class token, the patches
     of the image, L tokens and, in the decoder, the text."""
     def __init__(self, patches, L, width, depth, head_width):
         super().__init__()
@@ -669,7 +658,7 @@ class TATiTok(nn.Module):
     sizes are for bl128.
 
     K, d           number and width of the codes
-    width, depth   pairs: for the transformer of the encoder and of the decoder
+    width, depth   of the transformers, a pair each: encoder, decoder
     patch          pixels per side of a patch
     text           number and width of the text states
     head_width     channels of one attention head
@@ -735,16 +724,14 @@ class TATiTok(nn.Module):
 
 
 def load_tatitok(src, **sizes):
-    """The official TA-TiTok bl128 with vector quantisation: model.safetensors of
-    turkeyju/tokenizer_tatitok_bl128_vq on the hub. Tests replace some of the sizes by `sizes`."""
-    with torch.device("meta"):
-        model = TATiTok(**sizes)
-    return load_weights(model, src)
+    """The public TA-TiTok bl128 with vector quantisation. src: see `load_weights`; models.OFFICIAL
+    names the file. sizes: other sizes, for the tests."""
+    return load_weights(without_values(TATiTok, **sizes), src)
 
 
-# -------------------------------------------------------------------- files of pretrained weights
+# -------------------------------------------------------------------- weights of public networks
 def read_weights(src):
-    """Pretrained weights -> state dict: key -> tensor (CPU). Code in a file is never run.
+    """A file of weights -> state dict: key -> tensor (CPU). Code in a file is never run.
 
     src   path of a safetensors or torch file, or a dict. The state dict is its whole content, or
           its entry "state_dict" (Lightning) or "model_state_dict" (MaskGIT).
@@ -768,8 +755,8 @@ def read_weights(src):
 
 
 class Inert:
-    """Replaces all objects in a file that are neither tensors nor containers. It can be called and
-    filled like the object itself, but does nothing."""
+    """Replaces every object in a file that is neither a tensor nor a container. It can be called
+    and filled like the object itself, but does nothing."""
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
@@ -780,8 +767,8 @@ class Inert:
 
 
 class TensorsOnly:
-    """Replaces the module pickle in torch.load. A file may name any function or class. These three
-    are used; Inert replaces all others, so they are never called."""
+    """Replaces the module pickle in torch.load. A file may name any function or class. The three in
+    REAL are used. Inert replaces all others, which are therefore never called."""
     REAL = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
             ("collections", "OrderedDict")}
 
@@ -792,15 +779,21 @@ class TensorsOnly:
             return Inert
 
 
+def without_values(network, **sizes):
+    """A network that has no values yet, for `load_weights`. Drawing random values would take longer
+    than reading the file."""
+    with torch.device("meta"):
+        return network(**sizes)
+
+
 def load_weights(network, src, unused=()):
     """Load weights into a network -> the network, frozen and in eval mode.
 
-    src      what `read_weights` takes. It must have exactly the keys and shapes of the network.
+    src      what `read_weights` takes. Its keys and shapes, except for those of `unused` keys, have
+             to be exactly those of the network.
     unused   a prefix or a tuple of prefixes: keys that begin with one of them are left out
     """
     if next(network.parameters()).is_meta:
-        # The network was built without values, because drawing random ones takes longer than
-        # reading the file.
         network.to_empty(device="cpu")
     state = {key: value for key, value in read_weights(src).items() if not key.startswith(unused)}
     network.load_state_dict(state, strict=True)

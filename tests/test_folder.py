@@ -65,8 +65,8 @@ def test_classes_are_the_subfolders_sorted_by_name(tmp_path, capsys):
     assert labels.tolist() == sorted(labels.tolist()) and images[28:, 0, 5, 5].eq(10).all()
     assert images.shape == (48, 3, 32, 32) and images.dtype == torch.uint8
     assert capsys.readouterr().out.strip() == (
-        f"{data}: 48 images in 3 classes (a red  apple, cat, dog), of each the centre square at "
-        "32 x 32 pixels; 2 other files left out")
+        f"{data}: 48 images in 3 classes (a red  apple, cat, dog), centre squares at "
+        "32 x 32 pixels; 2 other files ignored")
 
 
 @pytest.mark.parametrize("classes", [dict(a=50, b=2), dict(a=50, b=0), dict(a=50)])
