@@ -2,7 +2,7 @@
 
     prepare (only once)   images -> tokenizer (VQGAN) -> teacher (MaskGIT, Eq. 2)
                           images -> Phi, and the evaluation classifier ("judge")
-                          imagenet, laion: the official files
+                          imagenet, laion: the public files
     distil                student = copy of the teacher; fpd.fpd_step (Eq. 4 to 8), AdamW, EMA
     report                runs/<name>/: config.json, log.jsonl, samples/, samples.gif, step.png,
                           checkpoint.pt, student.pt, report.jsonl, report.png
@@ -57,7 +57,7 @@ class Config:
     """Every setting, written once. `train.py --help` prints all of them, and which data sets and
     methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run changes SMOKE, too."""
     dataset: str = option("shapes", "shapes, scenes: drawn by the code; folder: your own images; "
-                          "imagenet, laion: the official networks", "what runs")
+                          "imagenet, laion: the public networks", "what runs")
     data: str = option("", "folder: a subfolder for each class; imagenet, laion: the GAN's images")
     captions: str = option("", "laion: a text file with one caption per line")
     method: str = option("fpd", "fpd: the paper's; dimo, sdtt: for comparison (Table 2)")
