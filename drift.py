@@ -44,10 +44,10 @@ def drift(X, Y, bandwidths, joint=True, self_negative=False, own_target=False):
         V_h(X_i) = sum_j a+_ij (Y_j - X_i) - sum_j a-_ij (X_sigma(j) - X_i)                  Eq. 6
         loss = sum_h 1 / Z_h mean_i |X_i - sg(X_i + V_h(X_i))|^2                             Eq. 7
 
-    Refinements attract, and drafts repel each other, so that they do not gather. For X_sigma(j), a
-    cyclic shift of the batch, the code takes all X_j (see FORMS). The Laplace kernel falls more
-    slowly than a Gaussian, so distant targets still count. A small h moves only the drafts that are
-    near a target, and a large h moves all of them.
+    Refinements attract, and drafts repel each other, so that they do not gather. X_sigma(j), in the
+    paper a shift of the batch, is every draft, X_i itself only with self_negative (see FORMS).
+    The Laplace kernel falls more slowly than a Gaussian, so distant targets still count. A small h
+    moves only the drafts that are near a target, and a large h moves all of them.
 
     X (B, F, D)      features of the drafts
     Y (C, F, D)      features of the refinements; C may differ from B if own_target
@@ -131,16 +131,16 @@ def drift_loss(X, Y, bandwidths, **form):
 
 # ---------------------------------------------------------------- Eq. 6 in a picture
 # Is a draft's own refinement among its targets, is the draft itself among its negatives, and are
-# both sides normalised together or each alone? The negatives of Eq. 6 are "cyclic in-batch shifts".
-# With one fixed shift the sum over j includes i itself once; a sum over all shifts except 0 never
-# does. The paper does not say which it means. What we call "Eq. 6 as printed" includes i.
+# both sides normalised together or apart? The negatives of Eq. 6 are "cyclic in-batch shifts".
+# One fixed shift only reorders the batch, so X_i is in the sum over j; in the sum over all shifts
+# except 0 it is not. The paper does not say which it means. "Eq. 6 as printed" here includes it.
 FORMS = {
-    "in, out, together (the official drifting code, given such pairs)": dict(own_target=True),
-    "in, out, alone": dict(own_target=True, joint=False),
-    "in, in, alone (Eq. 6 as printed; the default for captions)":
+    "target, not negative, joint (the official drifting code)": dict(own_target=True),
+    "target, not negative, apart": dict(own_target=True, joint=False),
+    "target, negative, apart (Eq. 6 as printed; default for captions)":
         dict(own_target=True, self_negative=True, joint=False),
-    "in, in, together": dict(own_target=True, self_negative=True),
-    "out, out, together (the default for classes)": {}}
+    "target, negative, joint": dict(own_target=True, self_negative=True),
+    "neither, joint (default for classes)": {}}
 
 
 def drift_at_rest(rho, bandwidths, batches=60, **form):

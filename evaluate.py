@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import fpd
 from models import INCEPTION, WEIGHTS, load_inception
-from sample import (OFFICIAL, batches, chosen_networks, decode, draw_tokens, generate,
+from sample import (PUBLIC, batches, chosen_networks, decode, draw_tokens, generate,
                     grid_conditions, image_grid, network_arguments, run_command)
 from tokenizer import (COLOURS, RELATIONS, SHAPES, TAGS, fingerprint, image_files, paint,
                        parse_caption, read_image, to_float, world)
@@ -530,7 +530,7 @@ def official_report(args, nets, folder, device):
     extract = partial(load_inception(path).to(device), path=args.inception_path)
     mu, sigma, real = reference(args.reference, extract, args.batch)
 
-    # Warn of everything that makes the scores incomparable with published ones.
+    # Warn of what makes the scores incomparable with published ones.
     count = n if real is None else min(n, len(real))
     warnings = []
     if count < 2048:
@@ -713,7 +713,7 @@ def parse():
                       "images, or a .npz with mu and sigma or with images")
     kind.add_argument("--geneval", action="store_true", help="laion: 4 images for each of the "
                       "--prompts (by the teacher with --steps N); with --detections, scores")
-    parser.add_argument("--data", metavar="DIR", help="present folder of the run's own images")
+    parser.add_argument("--data", metavar="DIR", help="where the run's own images were moved to")
     parser.add_argument("--images", type=int, help="images per row (default: 960; with --reference "
                         "50,000)")
     parser.add_argument("--seed", type=int, help="random seed of the images (default: that of the "
@@ -759,7 +759,7 @@ def main():
     if nets and nets.teacher is None:
         raise ValueError(f"{nets.path} contains the student alone: use a run's checkpoint.pt")
     if nets and (args.geneval and nets.text is None or args.reference and nets.text is not None
-                 or nets.cfg.dataset in OFFICIAL and not (args.reference or args.geneval)):
+                 or nets.cfg.dataset in PUBLIC and not (args.reference or args.geneval)):
         raise ValueError("use --reference for imagenet and other runs of labels, and --geneval "
                          "with --prompts for laion and other runs of captions")
     if args.geneval:

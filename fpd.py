@@ -12,7 +12,7 @@ condition would have the same logits, and the tokens of a draft would be indepen
 
 The student has converged when its drafts have the distribution of their own refinements: a fixed
 point (Eq. 3). The paper states this for every r. With a teacher that fills masked tokens
-independently of each other it can hold only on average over r ~ pi, and there the student ends.
+independently of each other it can hold only on average over r ~ pi, which is what we train for.
 `fpd_step` gives the loss of one step towards it; `fixed_point` gets near it without training.
 
 With `fpd_step` the method is complete. Below it are the teachers' own samplers, the optional GAN,
@@ -125,9 +125,8 @@ def init_tokens(B, L, K, r_init, generator, device="cpu"):
 def refine(teacher, z_masked, c, s, generator):
     """T_phi^r of Eq. 5: the teacher fills the masked positions of z_masked (B, L), guidance s.
 
-    Tokens are sampled, because Eq. 3 is about distributions. All masked positions are filled in,
-    although the operator of Sec. 3.1 masks some again, because the result must be decoded.
-    -> z_ref (B, L)
+    Tokens are sampled, because Eq. 3 is about distributions. The operator of Sec. 3.1 masks some of
+    them again; here all stay, because the result is decoded.   -> z_ref (B, L)
     """
     logits = guided_logits(teacher, z_masked, c, s)                 # (B, L, K)
     return torch.where(z_masked == teacher.K, draw(logits, 1.0, generator), z_masked)
@@ -327,7 +326,7 @@ def reveal_counts(L, steps):
     v = gamma(torch.linspace(1, 0, steps))
     counts = (v / v.sum() * L).round().clamp(min=1).long()
     counts[-1] += L - counts.sum()
-    # With many steps the counts add up to more than L, and the official sampler stops early.
+    # With many steps the counts before the last exceed L, and the official sampler stops early.
     total = counts.cumsum(0).clamp(max=L)
     return total.diff(prepend=total.new_zeros(1)).tolist()
 
@@ -374,9 +373,9 @@ def sample_maskgen(teacher, c, steps, generator, s=13.0, noise=2.0):
     """The official MaskGen sampler: T steps of "predict all, mask the least confident again".
 
     teacher   a MaskGen; c (B, rows, W) text
-    s         guidance of the last step. It rises from 2, or from s if that is less, along half a
-              cosine wave. The official code has cond + g (cond - uncond), so that its g is one
-              less: its guidance_scale 12 is our 13, and it rises from 1 where ours rises from 2
+    s         guidance of the last step. It rises from min(2, s) along half a cosine wave. The
+              official code writes cond + g (cond - uncond), so its g is s - 1: its guidance 12,
+              which rises from 1, is our 13, which rises from 2
     noise     Gumbel noise on the choice of a token and on the confidence. It falls linearly to 0:
               the last step takes the likeliest tokens
     returns   z (B, L), codes only
@@ -485,7 +484,7 @@ def gan_step(discriminator, opt, images, real, seen, generator, autocast):
     autocast       the context in which networks run; backward passes and steps are outside it
     returns        d L_gan / d images (B, 3, H, W); logs: logits of real images and drafts, its loss
     """
-    # As in the official code, a blur that falls to 0: shapes are learnt first, and then texture.
+    # As in StyleGAN-XL's code, a blur that falls to 0: shapes are learnt first, and then texture.
     sigma = 2.0 * images.shape[-1] / 256 * max(0.0, 1 - seen / 300_000)
 
     def discriminate(x):
@@ -586,7 +585,7 @@ class SDTT:
         current = 4 * (step - 1) // cfg.steps                       # round 0 .. 3
         if step > 1 and current > 4 * (step - 2) // cfg.steps:      # a later round begins
             teacher.load_state_dict(student.state_dict())
-        steps = 8 >> current                                        # that the student needs then
+        steps = 8 >> current                                        # the student's after this round
         s = cfg.refine_guidance if current == 0 else 1              # later teachers have learnt it
         with torch.no_grad(), autocast:
             if steps > 1:

@@ -137,7 +137,7 @@ class MaskGIT(nn.Module):
 
 
 def load_maskgit(src, **sizes):
-    """The public MaskGIT, version 1. src: see `load_weights`; OFFICIAL names the file. sizes: other
+    """The public MaskGIT, version 1. src: see `load_weights`; PUBLIC names the file. sizes: other
     sizes, for the tests."""
     # The public network has 16 heads. The default of the official code is 8, which also fits the
     # weights.
@@ -329,7 +329,7 @@ class MaskGen(nn.Module):
 
 
 def load_maskgen(src, **sizes):
-    """The public MaskGen-L VQ. src: see `load_weights`; OFFICIAL names the file, in place of which
+    """The public MaskGen-L VQ. src: see `load_weights`; PUBLIC names the file, in place of which
     `maskgen_vq_l.bin` of fun-research/MaskGen can be read. sizes: other sizes, for the tests."""
     # The unused rows are for 1000 classes and a null class.
     public = dict(K=8192, L=128, width=1024, depth=16, heads=16, text_width=768, T=77,
@@ -741,7 +741,7 @@ def load_inception(src):
 # ---------------------------------------------------------------- the paper's public networks
 # Each entry has a repository on the Hugging Face hub, a file in it, and the function that loads it.
 MASKGIT_REPO = "llvictorll/Maskgit-pytorch"
-OFFICIAL = {
+PUBLIC = {
     "imagenet": {
         "tokenizer": (MASKGIT_REPO, "pretrained_maskgit/VQGAN/last.ckpt", load_vqgan),
         "teacher": (MASKGIT_REPO, "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth",
@@ -756,7 +756,7 @@ OFFICIAL = {
 # uncond), so s = 1 means no guidance.
 # MaskGIT: the settings of Di[M]O's code, whose w = 3 is our 4 and whose r_temp is our noise.
 # MaskGen: the official configuration, whose guidance 12 is our 13.
-PUBLIC = {"imagenet": dict(sample_guidance=4.0, confidence_noise=4.5),
+SAMPLING = {"imagenet": dict(sample_guidance=4.0, confidence_noise=4.5),
           "laion": dict(sample_guidance=13.0, confidence_noise=2.0)}
 # The public MaskGen draws these prompts if none are given.
 PROMPTS = ["a photo of a dog", "a red car next to a blue house",

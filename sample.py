@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fpd
-from models import (OFFICIAL, PROMPTS, PUBLIC, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
+from models import (PUBLIC, PROMPTS, SAMPLING, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
                     TextEncoder, Words, find_weights, imagenet_names)
 from tokenizer import VQGAN, TATiTok, to_uint8
 
@@ -47,7 +47,7 @@ class Networks:
     tokenizer: nn.Module = None
     teacher: nn.Module = None         # not in student.pt
     student: nn.Module = None         # the mean of its weights (EMA)
-    phi: nn.Module = None             # not loaded by load_official
+    phi: nn.Module = None             # not loaded by load_public
     judge: nn.Module = None           # the evaluation classifier of shapes and folder
     text: nn.Module = None            # the text encoder; None means that the conditions are labels
     names: list = None                # class names, or the captions of the example grids
@@ -55,7 +55,7 @@ class Networks:
     cfg: object = None                # the settings of the run; see train.Config
     step: int = None                  # number of steps that the student was trained
     path: Path = None                 # the checkpoint file
-    images: str = ""                  # the fingerprint of the training images, a text
+    images: str = ""                  # the fingerprint of the training images, a string
     saved: dict = dataclasses.field(default_factory=dict)    # network -> dict; see load_network
 
 
@@ -80,10 +80,10 @@ def load_networks(saved, device):
     return nets
 
 
-def load_official(dataset, folder, device):
+def load_public(dataset, folder, device):
     """The public networks, from a folder of their files or from the hub -> Networks."""
     networks = {}
-    for part, (repo, file, load) in OFFICIAL[dataset].items():
+    for part, (repo, file, load) in PUBLIC[dataset].items():
         # All repositories of the hub give a safetensors file the same name.
         name = (f"{repo.split('/')[1]}.safetensors" if file.endswith(".safetensors")
                 else Path(file).name)
@@ -91,7 +91,7 @@ def load_official(dataset, folder, device):
         print(f"loading {part} from {path}", flush=True)
         networks[part] = load(path).to(device)
     nets = Networks(names=imagenet_names() if dataset == "imagenet" else PROMPTS, **networks)
-    # Images are never encoded with these networks. Without TA-TiTok's encoder 0.8 GB are saved.
+    # Images are never encoded with these networks. Leaving out TA-TiTok's encoder saves 0.3 GB.
     nets.tokenizer.encoder = None
     set_text(nets.text, nets.teacher)
     return nets
@@ -116,7 +116,7 @@ def load_run(path, device, weights=None):
     if saved["parts"]:
         nets = load_networks(saved["parts"], device)
     else:
-        nets = load_official(cfg.dataset, weights or cfg.weights, device)
+        nets = load_public(cfg.dataset, weights or cfg.weights, device)
     nets.cfg, nets.step, nets.path = cfg, saved["step"], path
     nets.names, nets.images = saved["names"], saved["images"]
     if nets.teacher is not None:
@@ -148,7 +148,7 @@ def network_arguments(parser):
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", help="runs/<name>, or the file of a checkpoint (default: the "
                         "newest run; if there is none, sample.py takes tests/student.pt)")
-    source.add_argument("--dataset", choices=list(OFFICIAL), help="use the public teacher of this "
+    source.add_argument("--dataset", choices=list(PUBLIC), help="use the public teacher of this "
                         "data set, not a run")
     parser.add_argument("--weights", metavar="DIR", help="folder of the public networks' files "
                         f"(default: the run's, or {WEIGHTS}/); all but Inception's are downloaded "
@@ -160,8 +160,9 @@ def chosen_networks(args, device, default=None):
     run, or of the file `default`. -> Networks; with --dataset no student, step or path"""
     if args.dataset:
         print(f"no run: the public networks of {args.dataset}")
-        nets = load_official(args.dataset, args.weights or WEIGHTS, device)
-        nets.cfg = types.SimpleNamespace(**PUBLIC[args.dataset], dataset=args.dataset, smoke=False)
+        nets = load_public(args.dataset, args.weights or WEIGHTS, device)
+        nets.cfg = types.SimpleNamespace(dataset=args.dataset, smoke=False,
+                                         **SAMPLING[args.dataset])
         return nets
     nets = load_run(args.run or newest_run(default), device, args.weights)
     print(f"run {nets.path}: {nets.cfg.dataset}, {nets.step} steps")
@@ -369,7 +370,7 @@ def main():
         steps = args.steps or 16
         model, who = nets.teacher, f"teacher, {steps} steps"
     if model is None:
-        raise ValueError(f"{nets.path} contains the student alone")
+        raise ValueError(f"{nets.path} contains the student alone: --teacher needs a checkpoint.pt")
 
     # Draw the images.
     c, what = conditions(nets, args.label, args.prompt, args.n)

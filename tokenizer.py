@@ -182,7 +182,7 @@ def scene_captions(n, seed):
         shape, shape2 = rng.sample(SHAPES, 2)
         colour, colour2 = rng.sample(list(COLOURS), 2)
         kind = KINDS[TAGS[i % len(TAGS)]]
-        # Every field is drawn, also if the kind does not have it.
+        # Every field is drawn, even if the kind does not use it.
         captions.append(kind.format(
             shape=shape, shape2=shape2, colour=colour, colour2=colour2,
             number=rng.choice(list(COUNTS)), plural=rng.choice(list(PLURALS)),
@@ -293,7 +293,7 @@ def folder(data, size=32):
     Do not write into the result.
     returns   images (N, 3, size, size) uint8, centre squares; labels (N,) long; the names of the
               classes; a fingerprint, the SHA-256 of images, labels and names
-    ValueError for a class with fewer than 3 images: one to train on, two for the test.
+    ValueError for a class with fewer than 3 images: one to train on, two for the scores.
     """
     # If the command is run in this folder, its own folder runs/ is not a class.
     places = [place for place in sorted(Path(data).iterdir()) if place.is_dir()
@@ -302,7 +302,7 @@ def folder(data, size=32):
     counts = {name: len(files) for name, files in classes.items()}
     if len(counts) < 2 or min(counts.values()) < 3:
         raise ValueError(f"--data {data} needs at least 2 subfolders, one per class, with at least "
-                         f"3 images each, one to train on and two for the test; it has {counts}")
+                         f"3 images each, one to train on and two for the scores; it has {counts}")
     names, n = list(classes), sum(counts.values())
     others = sum(len(found) for place in places for _, _, found in os.walk(place)) - n
     print(f"{data}: {n} images in {len(names)} classes ({', '.join(names[:8])}"
@@ -573,7 +573,7 @@ def reseed_codes(vq, e, z, usage, everything=False):
 
     e            (N, d) encoder outputs;   z (N,) their codes
     usage        (K,) decayed counts, changed in place like the codebook
-    everything   True at the start: all codes are placed by k-means
+    everything   True when quantisation begins: k-means places all codes
     """
     codes = vq.quantize.embedding.weight                                        # (K, d)
     if everything:
@@ -594,7 +594,7 @@ def reseed_codes(vq, e, z, usage, everything=False):
 
 def load_vqgan(src, **sizes):
     """The public VQGAN f16-1024, without the networks of its loss. src: see `load_weights`;
-    models.OFFICIAL names the file. sizes: other sizes, for the tests."""
+    models.PUBLIC names the file. sizes: other sizes, for the tests."""
     public = dict(K=1024, d=256, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=2, attn_levels=(4,),
                   z_channels=256, groups=32, image_size=256)
     return load_weights(without_values(VQGAN, **public | sizes), src, unused="loss.")
@@ -724,7 +724,7 @@ class TATiTok(nn.Module):
 
 
 def load_tatitok(src, **sizes):
-    """The public TA-TiTok bl128 with vector quantisation. src: see `load_weights`; models.OFFICIAL
+    """The public TA-TiTok bl128 with vector quantisation. src: see `load_weights`; models.PUBLIC
     names the file. sizes: other sizes, for the tests."""
     return load_weights(without_values(TATiTok, **sizes), src)
 

@@ -36,7 +36,7 @@ import evaluate
 import fpd
 import sample
 import tokenizer as tok
-from models import (BACKBONE, FEATURE_NETWORKS, PUBLIC, WEIGHTS, Backbone, ConvNet, Discriminator,
+from models import (BACKBONE, FEATURE_NETWORKS, SAMPLING, WEIGHTS, Backbone, ConvNet, Discriminator,
                     MaskGen, MaskGIT, TextEncoder, Words, find_backbone, imagenet_names,
                     load_backbone, load_discriminator)
 
@@ -55,7 +55,7 @@ def int_or_none(text):
 @dataclasses.dataclass
 class Config:
     """Every setting, written once. `train.py --help` prints all of them, and which data sets and
-    methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run changes SMOKE, too."""
+    methods change a default (SMALL, CAPTIONS and METHODS below). A smoke run also sets SMOKE."""
     dataset: str = option("shapes", "shapes, scenes: drawn by the code; folder: your own images; "
                           "imagenet, laion: the public networks", "what runs")
     data: str = option("", "folder: a subfolder for each class; imagenet, laion: the GAN's images")
@@ -63,9 +63,9 @@ class Config:
     method: str = option("fpd", "fpd: the paper's; dimo, sdtt: for comparison (Table 2)")
     name: str = option("", "folder of the run in runs/ (by default: data set and method)")
     resume: bool = option(False, "go on with an interrupted run, the newest or --name")
-    gpus: int = option(None, "0: CPU; 1: one GPU; by default a GPU if there is one; more: torchrun")
+    gpus: int = option(None, "0: CPU; 1: GPU (default: 1 if there is one); several GPUs: torchrun")
     smoke: bool = option(False, "a few steps of tiny networks: tests the set-up, learns nothing")
-    ablations: int = option(0, "Tables 3 and 4 in miniature, with this many seeds for each row")
+    ablations: int = option(0, "Tables 2 to 4 in miniature, with this many seeds for each row")
     seed: int = option(0, "random seed of the student, its samples and its report, 0 to 4293")
 
     tokenizer_steps: int = option(600, "training steps of the VQGAN, batch 32",
@@ -74,10 +74,10 @@ class Config:
     teacher_steps: int = option(1200, "training steps of the MaskGIT or MaskGen, batch 64")
 
     weights: str = option(WEIGHTS, "folder of the official files; missing ones come from the hub",
-                          "the teacher and its sampler (models.PUBLIC)")
-    sample_guidance: float = option(PUBLIC["imagenet"]["sample_guidance"],
+                          "the teacher and its sampler (models.SAMPLING)")
+    sample_guidance: float = option(SAMPLING["imagenet"]["sample_guidance"],
                                     "guidance in the sampler's last step, 1: none")
-    confidence_noise: float = option(PUBLIC["imagenet"]["confidence_noise"],
+    confidence_noise: float = option(SAMPLING["imagenet"]["confidence_noise"],
                                      "Gumbel noise on the tokens' confidence; it falls to 0")
 
     init_mask: float = option(0.9, "r_init, the masked share of z_init; ours", "the method")
@@ -127,16 +127,16 @@ SMALL = dict(batch=64, steps=320, lr=1.5e-4, decay=0.7, ema=0.985, temperature=0
 # What captions change. Most captions occur once per batch, so a draft's own refinement is the only
 # target with its caption. The whole batch is therefore compared, and Eq. 6 is used as printed.
 CAPTIONS = dict(own_pair=True, affinity="apart", per_class=None,
-                confidence_noise=PUBLIC["laion"]["confidence_noise"])
+                confidence_noise=SAMPLING["laion"]["confidence_noise"])
 DATASETS = {"shapes": SMALL, "scenes": SMALL | CAPTIONS, "folder": SMALL, "imagenet": {},
-            "laion": CAPTIONS | PUBLIC["laion"] | dict(batch=64)}
+            "laion": CAPTIONS | SAMPLING["laion"] | dict(batch=64)}
 # What the other methods change. Neither compares drafts with each other. Di[M]O has its authors'
 # share of masked tokens. SDTT begins with all tokens masked: its only noise is their sampling. Its
 # learning rate falls in the last of its four rounds.
 METHODS = {"fpd": {}, "dimo": dict(init_mask=0.6, temperature=1.0, per_class=None),
            "sdtt": dict(init_mask=1.0, temperature=1.0, per_class=None, decay=0.25)}
 # What the GAN changes, unless the whole batch is compared: its real images have several classes.
-GAN = dict(per_class=16)
+WITH_GAN = dict(per_class=16)
 # A smoke run has no decay, so that 2 steps, and 2 more after --resume, are the same as 4.
 SMOKE = dict(tokenizer_steps=4, classifier_steps=4, teacher_steps=4, steps=4, decay=0.0,
              log_every=1, sample_every=2, save_every=2)
@@ -149,8 +149,8 @@ RESUMABLE = {"resume", "name", "gpus", "data", "weights", "steps", "lift_chunk",
 ABLATIONS = [
     ("", "FPD, the base", {}, 0.43),
     ("3a", "soft embedding", dict(estimator="soft"), 0.38),
-    ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, **GAN), 0.42),
-    ("3a", "STE + GAN", dict(gan_weight=0.5, **GAN), 0.45),
+    ("3a", "soft + GAN", dict(estimator="soft", gan_weight=0.5, **WITH_GAN), 0.42),
+    ("3a", "STE + GAN", dict(gan_weight=0.5, **WITH_GAN), 0.45),
     ("", "16 drafts of a class", dict(per_class=16), None),
     ("", "without the own pair", dict(own_pair=False), None),
     ("3b", "random draft", dict(draft_source="random"), 0.22),
@@ -203,7 +203,7 @@ def parse(argv=None):
     else:
         settings = DATASETS[typed.get("dataset", "shapes")] | METHODS[typed.get("method", "fpd")]
         if typed.get("gan_weight") and settings.get("per_class", Config.per_class):
-            settings = settings | GAN
+            settings = settings | WITH_GAN
         if typed.get("smoke"):
             settings = settings | SMOKE
     cfg = Config(**settings | typed)
@@ -217,7 +217,7 @@ def parse(argv=None):
 def refusals(cfg, typed, step):
     """Why a command line is refused -> {message: does it apply?}   typed: the settings that were
     typed; step: how many the run to resume has done"""
-    is_official, has_gan, is_sdtt = (cfg.dataset in sample.OFFICIAL, bool(cfg.gan_weight),
+    is_public, has_gan, is_sdtt = (cfg.dataset in sample.PUBLIC, bool(cfg.gan_weight),
                                      cfg.method == "sdtt")
     beside = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUMABLE - {"resume"}))
     return {
@@ -239,12 +239,12 @@ def refusals(cfg, typed, step):
         f"runs/{cfg.name} exists already: choose another --name, or --resume":
             cfg.name and Path("runs", cfg.name).exists() and not (cfg.resume or cfg.ablations),
         "--data DIR is for --dataset folder and for the GAN of imagenet and laion, which need it":
-            bool(cfg.data) != (cfg.dataset == "folder" or is_official and has_gan),
+            bool(cfg.data) != (cfg.dataset == "folder" or is_public and has_gan),
         "--captions FILE is for --dataset laion, which needs it":
             bool(cfg.captions) != (cfg.dataset == "laion"),
         f"--captions {cfg.captions}: there is no such file":
             cfg.captions and not Path(cfg.captions).is_file(),
-        "--ablations are for shapes, scenes and folder": cfg.ablations and is_official,
+        "--ablations are for shapes, scenes and folder": cfg.ablations and is_public,
         "--gan-weight needs --method fpd": has_gan and cfg.method != "fpd",
         "torchrun works only with --method fpd, without the GAN and without --ablations":
             "RANK" in os.environ and (has_gan or cfg.method != "fpd" or cfg.ablations)}
@@ -384,7 +384,8 @@ def train_classifier(net, cfg, device, split):
         loss = loss_of(net.head(last.mean((2, 3))), target)
         if split == "phi":
             own, whole = painter(last).chunk(2, 1)                              # (B, 192, 4, 4)
-            thumbnail = F.avg_pool2d(x, x.shape[-1] // 8).flatten(1)[..., None, None]   # as 8 x 8
+            thumbnail = F.avg_pool2d(x, x.shape[-1] // 8)                       # (B, 3, 8, 8)
+            thumbnail = thumbnail.flatten(1)[:, :, None, None]                  # (B, 192, 1, 1)
             loss = loss + 5 * F.mse_loss(F.pixel_shuffle(own, 8), x)
             loss = loss + 5 * (whole - thumbnail).pow(2).mean()
         optimiser.update(loss)
@@ -442,7 +443,7 @@ def prepared(path, seed, network, args, train, device):
     """A network of a small world: read from its file, or trained and saved if there is no file yet.
 
     seed            random seed of its first weights and of its training
-    network, args   its class, and the arguments of that
+    network, args   the network's class and its arguments
     train           a function of the network that trains it
     returns         dict(cls=, args=, state=), which sample.load_network reads
     """
@@ -496,7 +497,7 @@ def small_networks(cfg, n_classes, device):
     return saved
 
 
-def official_networks(cfg, device):
+def public_networks(cfg, device):
     """The paper's networks -> sample.Networks: MaskGIT and its VQGAN, or MaskGen, TA-TiTok and
     CLIP; DINOv3 as Phi. A smoke run uses those of TINY."""
     if cfg.smoke:
@@ -507,7 +508,7 @@ def official_networks(cfg, device):
         nets = sample.load_networks(saved, device)
         nets.names = imagenet_names()
     else:
-        nets = sample.load_official(cfg.dataset, cfg.weights, device)
+        nets = sample.load_public(cfg.dataset, cfg.weights, device)
         path = find_backbone(BACKBONE, cfg.weights)
         nets.phi = load_backbone(path, nets.tokenizer.image_size).to(device)
     if nets.text is not None:
@@ -519,8 +520,8 @@ def official_networks(cfg, device):
 def prepare(cfg, device, saved):
     """All networks that distillation needs; those of a small world are trained if necessary. saved:
     the networks in the checkpoint of the run to resume, or {}. -> sample.Networks, no student"""
-    if cfg.dataset in sample.OFFICIAL:
-        nets = official_networks(cfg, device)
+    if cfg.dataset in sample.PUBLIC:
+        nets = public_networks(cfg, device)
     else:
         _, conditions, names = tok.world(cfg, "train")
         nets = sample.load_networks(saved or small_networks(cfg, len(names), device), device)
@@ -567,14 +568,14 @@ class Gan:
         self.cfg, self.size = cfg, nets.tokenizer.image_size
         # The seed has to determine the random weights with which the discriminator's heads begin.
         torch.manual_seed(cfg.seed)
-        is_official = cfg.dataset in sample.OFFICIAL
-        if is_official and not cfg.smoke:
+        is_public = cfg.dataset in sample.PUBLIC
+        if is_public and not cfg.smoke:
             files = {part: find_backbone(name, cfg.weights)
                      for part, name in FEATURE_NETWORKS.items()}
             self.discriminator = load_discriminator(files, self.size, device)
         else:
             self.discriminator = Discriminator({"phi": nets.phi}, self.size, width=16).to(device)
-        self.images = tok.image_files(cfg.data) if is_official else tok.world(cfg, "train")[0]
+        self.images = tok.image_files(cfg.data) if is_public else tok.world(cfg, "train")[0]
         # As in StyleGAN-XL; the paper names no settings of its discriminator.
         self.opt = torch.optim.Adam(self.discriminator.discriminators.parameters(), lr=2e-3,
                                     betas=(0.0, 0.99))
@@ -875,7 +876,7 @@ def main():
     changed = [f"{field.name}={getattr(cfg, field.name)}" for field in dataclasses.fields(cfg)
                if getattr(cfg, field.name) != field.default]
     print(f"{device}, torch {torch.__version__}; changed settings: {' '.join(changed)}")
-    if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.OFFICIAL:
+    if device == "cuda" and cfg.lift_chunk is None and cfg.dataset in sample.PUBLIC:
         # Measured on an H200: 30.1 GB for imagenet, 48.8 GB for laion; 14.9 GB in chunks of 8.
         free = torch.cuda.mem_get_info()[0] / 1e9
         if free < (36 if cfg.dataset == "imagenet" else 54):
@@ -909,7 +910,7 @@ def main():
     minutes += f", distil {(time.time() - begin) / 60:.1f}"
 
     # Report.
-    if cfg.dataset not in sample.OFFICIAL:
+    if cfg.dataset not in sample.PUBLIC:
         begin = time.time()
         evaluate.report(sample.load_run(folder, device), folder)
         minutes += f", report {(time.time() - begin) / 60:.1f}"

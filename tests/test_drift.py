@@ -20,7 +20,7 @@ assert len(CASES) == 4
 H = (0.02, 0.05, 0.2)
 # The targets of the official drifting code do not depend on the particles, so all of them attract
 # every particle
-OFFICIAL = dict(joint=True, self_negative=False, own_target=True)
+PUBLIC = dict(joint=True, self_negative=False, own_target=True)
 FORMS = [dict(joint=joint, self_negative=self_negative, own_target=own_target)
          for self_negative, own_target in ((False, True), (True, True), (False, False))
          for joint in (True, False)]
@@ -75,7 +75,7 @@ def test_unit_and_drift_of_each_bandwidth_equal_the_official_scale_and_force(cas
     x, y = X.transpose(0, 1), Y.transpose(0, 1)
     unit = torch.cat([distances(x, x), distances(x, y)], 2).mean()
     assert unit.item() == pytest.approx(case["info"]["scale"], rel=5e-5)
-    for h, V in zip(H, drift(X, Y, H, **OFFICIAL), strict=True):
+    for h, V in zip(H, drift(X, Y, H, **PUBLIC), strict=True):
         expected = case["info"][f"loss_{h}"]
         assert (V / s).pow(2).mean().item() == pytest.approx(expected, rel=5e-5)
 
@@ -86,7 +86,7 @@ def test_sum_of_normalised_drifts_equals_the_official_loss(case, floor):
     below a constant, whereas ours, sum_h RMS(V_h), can."""
     X, Y, _ = official(case)
     total = torch.zeros_like(X)                                     # (C_g, groups, S)
-    for V in drift(X, Y, H, **OFFICIAL):
+    for V in drift(X, Y, H, **PUBLIC):
         total = total + V / rms(V)
     expected = GOLDEN.arrays[case["name"] + ".loss"]
     np.testing.assert_allclose(total.pow(2).mean((0, 2)), expected, rtol=1e-5)
@@ -96,7 +96,7 @@ def test_sum_of_normalised_drifts_equals_the_official_loss(case, floor):
 def test_gradient_equals_the_official_gradient(case, floor):
     X, Y, s = official(case)
     X = X.contiguous().requires_grad_()
-    drift_loss(X, Y, H, **OFFICIAL)[0].backward()
+    drift_loss(X, Y, H, **PUBLIC)[0].backward()
     expected = GOLDEN.arrays[case["name"] + ".grad"]                # (groups, C_g, S)
     np.testing.assert_allclose(X.grad.transpose(0, 1) / s, expected, rtol=0,
                                atol=5e-5 * case["grad_absmax"])
@@ -220,11 +220,11 @@ def test_only_the_drafts_get_gradient():
 
 def test_cosine_is_logged_where_each_draft_has_one_refinement():
     X, Y = clouds()
-    logs = drift_loss(X, Y, (0.2,), **OFFICIAL)[1]
+    logs = drift_loss(X, Y, (0.2,), **PUBLIC)[1]
     assert set(logs) == {"rms_0.2", "cos_0.2"}
-    cosine = torch.cosine_similarity(drift(X, Y, (0.2,), **OFFICIAL)[0], Y - X, dim=2)
+    cosine = torch.cosine_similarity(drift(X, Y, (0.2,), **PUBLIC)[0], Y - X, dim=2)
     assert logs["cos_0.2"].item() == pytest.approx(cosine.mean().item())
-    assert set(drift_loss(X, Y[:5], (0.2,), **OFFICIAL)[1]) == {"rms_0.2"}
+    assert set(drift_loss(X, Y[:5], (0.2,), **PUBLIC)[1]) == {"rms_0.2"}
 
 
 @every_form

@@ -57,8 +57,8 @@ def test_official_files_train_and_sample(dataset, flags, drawn, name, tmp_path, 
             save_file(state, weights / file)
         else:
             torch.save({"state_dict": state}, weights / file)
-        repo, path, _ = sample.OFFICIAL[dataset][part]
-        monkeypatch.setitem(sample.OFFICIAL[dataset], part, (repo, path, partial(load, **sizes)))
+        repo, path, _ = sample.PUBLIC[dataset][part]
+        monkeypatch.setitem(sample.PUBLIC[dataset], part, (repo, path, partial(load, **sizes)))
     save_file(filled(models.Backbone(TINY_BACKBONE).net), weights / f"{TINY_BACKBONE}.safetensors")
     captions = ["a dog", "very " * 80 + "long tail", "a cat"]
     (tmp_path / "captions.txt").write_text("\n".join(captions))

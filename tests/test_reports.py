@@ -144,7 +144,7 @@ def test_all_rows_have_one_reference_and_no_row_has_an_image_of_it(dataset, tmp_
     content = read_report(nets.path.parent)
     rows, warning = content["rows"], content["protocol"]["warning"]
     assert f"{len(test)} reference images" in done.stdout and rows[0]["fd"] > 0
-    assert f"{min(48, len(real))} real images, {rows[0]['fd']:.2f}" in warning
+    assert f"{min(48, len(real))} real images: {rows[0]['fd']:.2f}" in warning
     if dataset == "folder":
         assert len(test) == len(real) == 20 and all(0 <= row["memorised"] <= 1 for row in rows)
         # In another place they are the same images. With one class more, the test could have some
