@@ -517,7 +517,7 @@ def official_report(args, nets, folder, device):
     steps = [16, 8, 4, 2] if args.steps is None else args.steps
     if args.folder:
         files = image_files(args.folder)
-        n, models = len(files), [("folder", None, None)]
+        n, seed, steps, models = len(files), None, None, [("folder", None, None)]
     else:
         # Every class occurs equally often.
         labels = torch.arange(n) % len(nets.names)

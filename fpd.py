@@ -193,8 +193,7 @@ class Lift:
         before and after each of them would take a quarter of a training step on a GPU.
         """
         dtype = next(self.tokenizer.decoder.parameters()).dtype
-        if c.is_floating_point():                                   # text states, not labels
-            c = c.to(dtype)
+        c = c.to(dtype) if c.is_floating_point() else c             # text states, or labels
         with torch.autocast(e.device.type, enabled=False):
             return torch.cat(self.in_chunks(self.tokenizer.decode, e.to(dtype), c))
 
@@ -287,9 +286,8 @@ def fpd_step(student, teacher, lift, E, c, cfg, generator):
                                 soft=cfg.estimator == "soft")
     # 2. Refine (Eq. 5): mask a part of the draft, and let the frozen teacher fill it in.
     with torch.no_grad():
-        source = z_hat
-        if cfg.draft_source == "random":                                   # Table 3b
-            source = init_tokens(B, student.L, K, 0, generator, c.device)
+        source = (z_hat if cfg.draft_source == "student" else       # Table 3b
+                  init_tokens(B, student.L, K, 0, generator, c.device))
         z_ref, is_masked = local_correction(teacher, source, c, cfg, generator)   # (B, L)
         # 3. Lift both (Sec. 3.3): the refinements are constants, the drafts carry the gradient.
         Y = lift.features(lift.decode(E[z_ref], c))                 # list of (B, F, D)
@@ -491,8 +489,6 @@ def gan_step(discriminator, opt, images, real, seen, generator, autocast):
         with autocast:
             return discriminator(blur(x, sigma), lambda x: diff_augment(x, generator))
 
-    discriminator.train()
-    discriminator.discriminators.requires_grad_(True)
     # Two calls, so that real images and drafts have their own batch statistics.
     on_real = discriminate(real)
     on_drafts = discriminate(images.detach())
@@ -500,8 +496,6 @@ def gan_step(discriminator, opt, images, real, seen, generator, autocast):
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
-    # The student needs no gradients of the heads' weights.
-    discriminator.discriminators.requires_grad_(False)
     drafts = images.detach().requires_grad_()
     gradient, = torch.autograd.grad(gan_loss(discriminate(drafts)), drafts)
     logs = dict(gan_real=network_mean(on_real, lambda x: x),

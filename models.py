@@ -700,7 +700,6 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, path="pytorch-fid"):
-        assert path in ("pytorch-fid", "legacy"), path
         if images.dtype != torch.uint8:
             raise ValueError(f"Inception needs uint8 images, not {images.dtype}: rounding to 8 "
                              "bits is part of the score")

@@ -165,7 +165,7 @@ def chosen_networks(args, device, default=None):
                                          **SAMPLING[args.dataset])
         return nets
     nets = load_run(args.run or newest_run(default), device, args.weights)
-    print(f"run {nets.path}: {nets.cfg.dataset}, {nets.step} steps")
+    print(f"run {nets.path}: {nets.cfg.dataset}{', smoke' * nets.cfg.smoke}, {nets.step} steps")
     return nets
 
 

@@ -104,8 +104,8 @@ class Config:
     lr: float = option(1e-5, "learning rate of AdamW; paper")
     decay: float = option(0.0, "share of the steps, at the end, in which lr falls to 0; ours")
     ema: float = option(0.9999, "decay of the moving average of the student's weights; ours")
-    lift_chunk: int = option(None, "images that are lifted at a time: less memory, same gradient; "
-                             "by default all, or 8 on a small GPU")
+    lift_chunk: int_or_none = option(None, "images that are lifted at a time, for less memory; by "
+                                     "default all (none), or 8 on a small GPU")
 
     log_every: int = option(10, "steps between lines of log.jsonl", "bookkeeping")
     sample_every: int = option(1000, "steps between grids of samples")
@@ -244,7 +244,8 @@ def refusals(cfg, typed, step):
             bool(cfg.captions) != (cfg.dataset == "laion"),
         f"--captions {cfg.captions}: there is no such file":
             cfg.captions and not Path(cfg.captions).is_file(),
-        "--ablations are for shapes, scenes and folder": cfg.ablations and is_public,
+        "--ablations are for FPD in shapes, scenes or folder, without a change of their rows":
+            cfg.ablations and (is_public or typed.keys() & {"method", "estimator", "gan_weight"}),
         "--gan-weight needs --method fpd": has_gan and cfg.method != "fpd",
         "torchrun works only with --method fpd, without the GAN and without --ablations":
             "RANK" in os.environ and (has_gan or cfg.method != "fpd" or cfg.ablations)}
@@ -617,11 +618,11 @@ class Gan:
 
 def save_checkpoint(folder, step, nets, trained, generator):
     """checkpoint.pt: all that sample.py needs to draw images, and --resume to go on."""
-    states = {name: x.state_dict() for name, x in trained.items()}
     sample.save(folder / "checkpoint.pt",
                 dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names,
                      parts=nets.saved, images=nets.images, rng=generator.get_state(),
-                     log_size=(folder / "log.jsonl").stat().st_size, **states))
+                     log_size=(folder / "log.jsonl").stat().st_size,
+                     **{name: x.state_dict() for name, x in trained.items()}))
 
 
 def load_checkpoint(folder, trained, generator):
@@ -662,8 +663,8 @@ def distil(cfg, nets, folder, device):
                             fused=True if device == "cuda" else None)
     generator = torch.Generator(device).manual_seed(cfg.seed + 1_000_003 * rank)
     gan = Gan(cfg, nets, device) if cfg.gan_weight else None
-    baselines = {"dimo": fpd.DiMO, "sdtt": fpd.SDTT}
-    baseline = baselines[cfg.method](cfg, nets) if cfg.method in baselines else None
+    method = {"fpd": None, "dimo": fpd.DiMO, "sdtt": fpd.SDTT}[cfg.method]
+    baseline = method(cfg, nets) if method else None
     trained = dict(student=student, ema=ema, opt=opt)
     for other in (gan, baseline):
         trained |= other.trained if other else {}
@@ -777,11 +778,10 @@ def sample_grid(cfg, nets, ema, folder, step, teacher_rows):
 
 # --------------------------------------------------------------------------------- ablations
 def ablate(base, nets, root, device):
-    """Tables 3, 4 and a part of 2 in miniature: every row with each seed, on the same networks.
-
-    base   Config, the settings that the rows share
-    root   the folder of their runs, <row>-<seed>/, and of report.jsonl and report.png
-    A run that has its score.json is not repeated."""
+    """Tables 2 to 4 in miniature: every row with each seed, on the same networks. A run that has its
+    score.json is not repeated.   base: Config, the settings that the rows share; root: the folder
+    of their runs, <row>-<seed>/, and of report.jsonl and report.png
+    """
     n = 48 if base.smoke else 960
     scorer = evaluate.scorer(nets, n)
     rows, pictures, (c, captions) = [], [], sample.grid_conditions(nets)
