@@ -778,9 +778,9 @@ def sample_grid(cfg, nets, ema, folder, step, teacher_rows):
 
 # --------------------------------------------------------------------------------- ablations
 def ablate(base, nets, root, device):
-    """Tables 2 to 4 in miniature: every row with each seed, on the same networks. A run that has its
-    score.json is not repeated.   base: Config, the settings that the rows share; root: the folder
-    of their runs, <row>-<seed>/, and of report.jsonl and report.png
+    """Tables 2 to 4 in miniature: every row with each seed, on the same networks. A run that has
+    its score.json is not repeated.   base: Config, the settings that the rows share; root: the
+    folder of their runs, <row>-<seed>/, and of report.jsonl and report.png
     """
     n = 48 if base.smoke else 960
     scorer = evaluate.scorer(nets, n)
