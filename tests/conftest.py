@@ -162,6 +162,7 @@ class Recorder:
 
 def fake_run(folder, dataset, names):
     """A run of tiny random networks in folder/runs/a, as sample.load_run returns it."""
+    import sample
     from models import ConvNet, MaskGen, MaskGIT, Words
     from tokenizer import VQGAN
     torch.manual_seed(0)
@@ -169,20 +170,18 @@ def fake_run(folder, dataset, names):
                                 sample_guidance=2.0, confidence_noise=2.0, init_mask=0.9,
                                 temperature=1.0, remask=(0.1, 0.9), refine_guidance=2.0)
     sizes = dict(K=32, L=16, width=16, depth=1, heads=2)
-    vqgan = VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2)
-    if dataset == "scenes":
-        teacher, student = MaskGen(**sizes), MaskGen(**sizes)
-    else:
-        teacher, student = (MaskGIT(**sizes, num_classes=len(names), mlp=16) for _ in range(2))
-    networks = dict(tokenizer=vqgan, teacher=teacher, student=student,
-                    text=Words() if dataset == "scenes" else None,
+    has_captions = dataset in ("scenes", "laion")
+    kind, more = (MaskGen, {}) if has_captions else (MaskGIT, dict(num_classes=len(names), mlp=16))
+    networks = dict(tokenizer=VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2),
+                    teacher=kind(**sizes, **more), student=kind(**sizes, **more),
                     judge=ConvNet(len(names), width=4))
+    if has_captions:
+        networks["text"] = Words()
     for network in networks.values():
-        if network is not None:
-            network.eval().requires_grad_(False)
+        network.eval().requires_grad_(False)
     path = folder / "runs" / "a" / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return types.SimpleNamespace(**networks, cfg=cfg, step=4, path=path, names=names)
+    return sample.Networks(**networks, cfg=cfg, step=4, path=path, names=names)
 
 
 # ---------------------------------------------------------------- golden/

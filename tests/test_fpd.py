@@ -1,7 +1,7 @@
 """fpd.py: draws, masks, refinement, the straight-through estimator, a training step and the lift, on
 networks of a few hundred weights; and the two tokens whose fixed point of Eq. 3 is known by hand.
 
-test_official.py and test_maskgen.py compare the samplers with the official ones step by step.
+test_official.py compares the samplers with the official ones step by step.
 """
 import ast
 import copy
@@ -12,41 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Recorder, gen
+from conftest import tiny_maskgit as tiny
 from PIL import Image
-from torch import nn
 
 import fpd
 import train
 from drift import drift, drift_loss
 from fpd import generators
-from models import ConvNet, MaskGIT
+from models import ConvNet
 from tokenizer import VQGAN
 
 K, L, CLASSES = 8, 16, 3
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny(seed=0):
-    """A MaskGIT whose random weights are large enough for the class and every token to matter."""
-    torch.manual_seed(seed)
-    net = MaskGIT(K=K, L=L, num_classes=CLASSES, width=16, depth=1, heads=2, mlp=32)
-    for p in net.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.3)
-    return net.eval().requires_grad_(False)
-
-
-class Recorder:
-    """A network that keeps the tokens it was given in `seen`."""
-    def __init__(self, net):
-        self.net, self.K, self.L, self.seen = net, net.K, net.L, []
-
-    def __call__(self, z, *args, **kind):
-        self.seen.append(z.clone())
-        return self.net(z, *args, **kind)
 
 
 def chi_square(counts, p):

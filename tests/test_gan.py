@@ -8,9 +8,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_fill, load_case
+from conftest import GOLDEN, gen, golden_fill, load_case
 from PIL import Image
-from test_fpd import gen
 from torch import nn
 
 import fpd

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import in_process, load_case, refused
+from conftest import fake_run, in_process, load_case, refused
 from PIL import Image
-from test_reports import run_of
 
 import evaluate
 import tokenizer
@@ -124,7 +123,7 @@ def test_some_tags_and_excluded_classes(tmp_path):
 @pytest.fixture
 def scenes_run(monkeypatch, tmp_path):
     """What evaluate.py loads: tiny networks of the scenes world."""
-    nets = run_of(tmp_path, "scenes", ["a red circle"])
+    nets = fake_run(tmp_path, "scenes", ["a red circle"])
     monkeypatch.setattr(evaluate, "chosen_networks", lambda args, device: nets)
     write_jsonl(tmp_path / "p.jsonl", [PROMPT, COLOR])
     return nets

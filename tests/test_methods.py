@@ -5,11 +5,14 @@ import types
 
 import pytest
 import torch
-from test_fpd import CLASSES, K, L, Recorder, gen, tiny
+from conftest import Recorder, gen
+from conftest import tiny_maskgit as tiny
 from torch import nn
 
 import fpd
 import train
+
+K, L, CLASSES = 8, 16, 3
 
 
 FLOAT32 = contextlib.nullcontext()

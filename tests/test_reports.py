@@ -2,48 +2,24 @@
 runs are tiny untrained networks."""
 import hashlib
 import json
-import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import in_process, refused
+from conftest import fake_run, in_process, refused
 from PIL import Image
 
 import evaluate
 import fpd
 import sample
 import tokenizer
-from models import ConvNet, MaskGen, MaskGIT, Words
-from tokenizer import VQGAN
-
-
-def run_of(folder, dataset, names):
-    """A run as of sample.load_run, in folder/runs/a."""
-    torch.manual_seed(0)
-    cfg = types.SimpleNamespace(dataset=dataset, smoke=True, data=str(folder / "data"), seed=0,
-                                sample_guidance=2.0, confidence_noise=2.0, init_mask=0.9,
-                                temperature=1.0, remask=(0.1, 0.9), refine_guidance=2.0)
-    sizes = dict(K=32, L=16, width=16, depth=1, heads=2)
-    has_captions = dataset in ("scenes", "laion")
-    kind, more = (MaskGen, {}) if has_captions else (MaskGIT, dict(num_classes=len(names), mlp=16))
-    networks = dict(tokenizer=VQGAN(K=32, d=4, ch=4, ch_mult=(1, 1, 1, 1), z_channels=4, groups=2),
-                    teacher=kind(**sizes, **more), student=kind(**sizes, **more),
-                    judge=ConvNet(len(names), width=4))
-    if has_captions:
-        networks["text"] = Words()
-    for network in networks.values():
-        network.eval().requires_grad_(False)
-    path = folder / "runs" / "a" / "checkpoint.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return sample.Networks(**networks, cfg=cfg, step=4, path=path, names=names)
 
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     """-> function: makes the run that evaluate.py then loads, and returns it."""
     def load(dataset, names):
-        nets = run_of(tmp_path, dataset, names)
+        nets = fake_run(tmp_path, dataset, names)
         nets.images = tokenizer.fingerprint(nets.cfg)
         monkeypatch.setattr(evaluate, "chosen_networks", lambda args, device: nets)
         return nets
@@ -99,7 +75,7 @@ def test_the_table_of_a_small_world(dataset, tmp_path, load, monkeypatch):
 
 def test_the_fixed_point_does_not_depend_on_the_batch(tmp_path):
     """And it is `fpd.fixed_point` with the run's settings, image for image."""
-    nets = run_of(tmp_path, "shapes", tokenizer.shapes_names())
+    nets = fake_run(tmp_path, "shapes", tokenizer.shapes_names())
     z, c = torch.randint(32, (7, 16)), torch.arange(7)
     images = evaluate.draw_fixed_point(nets, z, c, seed=3)
     assert torch.equal(images, evaluate.draw_fixed_point(nets, z, c, seed=3, batch=2))
@@ -159,7 +135,7 @@ def test_all_rows_have_one_reference_and_no_row_has_an_image_of_it(dataset, tmp_
 @pytest.mark.parametrize("n", [3, 12])
 def test_few_real_images_give_the_scores_that_they_can(n, tmp_path, monkeypatch):
     """And the class without an image is shown in white."""
-    nets = run_of(tmp_path, "folderless", ["a", "b", "c", "d"])
+    nets = fake_run(tmp_path, "folderless", ["a", "b", "c", "d"])
     labels = torch.arange(n) % 3
     monkeypatch.setattr(evaluate, "world", lambda cfg, split: (
         tokenizer.shapes(labels, int(split == "real")), labels, nets.names))
