@@ -73,7 +73,7 @@ class Config:
     classifier_steps: int = option(200, "steps of Phi and of the evaluation classifier, batch 64")
     teacher_steps: int = option(1200, "training steps of the MaskGIT or MaskGen, batch 64")
 
-    weights: str = option(WEIGHTS, "folder of the official files; missing ones come from the hub",
+    weights: str = option(WEIGHTS, "folder of the public files; missing ones come from the hub",
                           "the teacher and its sampler (models.SAMPLING)")
     sample_guidance: float = option(SAMPLING["imagenet"]["sample_guidance"],
                                     "guidance in the sampler's last step, 1: none")
@@ -445,7 +445,7 @@ def prepared(path, seed, network, args, train, device):
 
     seed            random seed of its first weights and of its training
     network, args   the network's class and its arguments
-    train           a function of the network that trains it
+    train           a function that trains the network it is given
     returns         dict(cls=, args=, state=), which sample.load_network reads
     """
     if path.exists():
