@@ -416,7 +416,7 @@ def train_teacher(teacher, cfg, device, vq, text):
 
 
 # --------------------------------------------------------------------------------- preparation
-# What --smoke uses in place of the official networks: the same Python classes, tiny and untrained.
+# What --smoke uses in place of the public networks: the same Python classes, tiny and untrained.
 TINY_PHI = (Backbone, dict(name="vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", image_size=64))
 TINY = {
     "imagenet": {
