@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fpd
-from models import (PUBLIC, PROMPTS, SAMPLING, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
+from models import (PROMPTS, PUBLIC, SAMPLING, WEIGHTS, Backbone, ConvNet, MaskGen, MaskGIT,
                     TextEncoder, Words, find_weights, imagenet_names)
 from tokenizer import VQGAN, TATiTok, to_uint8
 

@@ -218,7 +218,7 @@ def refusals(cfg, typed, step):
     """Why a command line is refused -> {message: does it apply?}   typed: the settings that were
     typed; step: how many the run to resume has done"""
     is_public, has_gan, is_sdtt = (cfg.dataset in sample.PUBLIC, bool(cfg.gan_weight),
-                                     cfg.method == "sdtt")
+                                   cfg.method == "sdtt")
     beside = ", ".join("--" + name.replace("_", "-") for name in sorted(RESUMABLE - {"resume"}))
     return {
         f"--resume keeps the run's settings; only these can be given beside it: {beside}":
@@ -616,10 +616,10 @@ class Gan:
         return of_drift + scale * of_gan, logs
 
 
-def save_checkpoint(folder, step, nets, trained, generator):
+def save_checkpoint(folder, step, cfg, nets, trained, generator):
     """checkpoint.pt: all that sample.py needs to draw images, and --resume to go on."""
     sample.save(folder / "checkpoint.pt",
-                dict(step=step, config=dataclasses.asdict(nets.cfg), names=nets.names,
+                dict(step=step, config=dataclasses.asdict(cfg), names=nets.names,
                      parts=nets.saved, images=nets.images, rng=generator.get_state(),
                      log_size=(folder / "log.jsonl").stat().st_size,
                      **{name: x.state_dict() for name, x in trained.items()}))
@@ -688,7 +688,7 @@ def distil(cfg, nets, folder, device):
         teacher_rows = example_rows(nets, cfg)
     if rank == 0 and not cfg.resume:
         (folder / "log.jsonl").write_text("")
-        save_checkpoint(folder, 0, nets, trained, generator)
+        save_checkpoint(folder, 0, cfg, nets, trained, generator)
         sample_grid(cfg, nets, ema, folder, 0, teacher_rows)
     # After Ctrl-C or a scheduler's signal, the step is finished and saved. (Under torchrun the
     # processes would not stop after the same step, so they simply end.)
@@ -737,7 +737,7 @@ def distil(cfg, nets, folder, device):
             if not is_terminal:
                 print(f"step {step} of {cfg.steps}: loss {numbers['loss']:.3f}", flush=True)
         if is_saved:
-            save_checkpoint(folder, step, nets, trained, generator)
+            save_checkpoint(folder, step, cfg, nets, trained, generator)
         if step % cfg.sample_every == 0:
             sample_grid(cfg, nets, ema, folder, step, teacher_rows)
         if is_stopped:
@@ -808,7 +808,7 @@ def ablate(base, nets, root, device):
                 print(f"found {file} (delete {folder} after changing the code)")
             else:
                 print(f"\n{row}, seed {seed}: {folder}")
-                distil(cfg, dataclasses.replace(nets, cfg=cfg), folder, device)
+                distil(cfg, nets, folder, device)
                 run = sample.load_run(folder, device)
                 score = evaluate.score(run, run.student, None, *scorer)
                 file.write_text(json.dumps(dict(score=score, made_with=made_with)))
